@@ -1,0 +1,1 @@
+"""The method: on-policy preference optimisation, readable without Ray, vLLM or Slurm."""

@@ -1,0 +1,121 @@
+"""What crosses a process boundary: a generator, a judge, a learner.
+
+Each has more than one implementation behind it; the loop knows only these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rlhf.types import Completion, Prompt, Score
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn. `seed` fixes a shard's draws where the engine allows it."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A policy version as it travels to generators.
+
+    `kind` is `merged` (a whole Hugging Face folder) or `adapter` (a PEFT folder over the base that
+    the generator already holds). `sha256` covers the weight files in `path`, in name order.
+    """
+
+    version: int
+    path: Path
+    kind: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A generator's own word on what it serves: compared with `Published` after every publish."""
+
+    version: int
+    sha256: str
+
+
+class Generator(Protocol):
+    """Samples from one policy version at a time."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """`sampling.samples` completions a prompt, ordered by prompt, then sample from 0."""
+        ...
+
+    def logps(self, completions: Sequence[Completion]) -> list[list[float]]:
+        """Log-probabilities (nats, temperature 1, no top-p) of each completion's tokens."""
+        ...
+
+    def load(self, published: Published) -> Loaded:
+        """Serve this version from now on; hashes what it read, not what it was told."""
+        ...
+
+    def sleep(self) -> None:
+        """Give device memory back while the learner works (nothing to give on a CPU)."""
+        ...
+
+    def wake(self) -> Loaded | None:
+        """Serve again; says what is served, or None if nothing was loaded yet."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+class Judge(Protocol):
+    """Scores completions on its dimensions. Never raises for one bad completion: it abstains."""
+
+    name: str
+    dimensions: tuple[str, ...]
+
+    def score(self, items: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
+        """One `Score` for every item and dimension, in that order."""
+        ...
+
+
+class Serving(Protocol):
+    """A generator and the policy version that it serves."""
+
+    def at(self, version: int, policy: Path | None) -> Generator:
+        """The generator serving `version` (stored in `policy`; None is the start of the run).
+
+        Raises ParityError if it does not serve what was published.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """The learner needs the device."""
+        ...
+
+    def wake(self) -> None:
+        """The generator may have it again. Raises ParityError if it woke with other weights."""
+        ...
+
+
+class Reporter(Protocol):
+    """What a person sees while it runs. Nothing it does changes a result."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+        ...
+
+    def progress(self, label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A stage of `total` units; yields a function that says how many are done."""
+        ...
+
+    def table(self, title: str, rows: Sequence[Mapping[str, str]]) -> None:
+        """A small table, columns as in the first row."""
+        ...
