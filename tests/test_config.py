@@ -1,0 +1,380 @@
+"""Configs load as written, and every mistake is named where it was made."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf import config_io
+from rlhf.config import RunConfig
+from rlhf.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MINIMAL = """\
+model:
+  path: org/model
+prompts:
+  train: {path: train.jsonl}
+  gate: {path: gate.jsonl}
+  final: {path: final.jsonl}
+judges:
+  panel:
+    - name: house
+      function: verifiers:score
+      dimensions: [correctness, style]
+"""
+
+
+def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(dedent(text), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write(tmp_path, MINIMAL, "base.yaml")
+
+
+def errors(paths: Sequence[Path], *overrides: tuple[str, str]) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        config_io.load(paths, overrides)
+    return str(caught.value).splitlines()
+
+
+def error(base: Path, text: str) -> str:
+    """The only error of `text` laid over a valid config."""
+    lines = errors([base, write(base.parent, text)])
+    assert len(lines) == 1, lines
+    return lines[0].replace(f"{base.parent}/", "")
+
+
+def test_the_defaults_are_the_practice_users_start_from(base: Path) -> None:
+    config = config_io.load([base])
+    assert (config.rollout.samples_per_prompt, config.rollout.temperature) == (8, 0.7)
+    assert (config.rollout.top_p, config.objective.beta, config.learner.epochs) == (0.9, 0.2, 1)
+    assert config.learning_rate == 1e-4
+    assert config_io.load([base], [("model.tuning", "full")]).learning_rate == 5e-6
+    assert config.floors == {"correctness": 0.60}
+    assert config.selection.min_margin == 0.05
+
+
+def test_files_merge_left_to_right_and_overrides_last(base: Path, tmp_path: Path) -> None:
+    second = write(
+        tmp_path,
+        """\
+        rollout: {temperature: 0.9, top_p: 0.8}
+        selection: {floors: {correctness: 0.5}}
+        judges: {panel: [{name: other, function: "a:b", dimensions: [correctness]}]}
+        """,
+        "second.yaml",
+    )
+    third = write(tmp_path, "rollout: {top_p: 1}", "third.yaml")
+    config = config_io.load([base, second, third], [("rollout.temperature", "0.3")])
+    assert (config.rollout.temperature, config.rollout.top_p) == (0.3, 1.0)
+    assert [judge.name for judge in config.judges.panel] == ["other"], "lists replace"
+    assert config.model.path == "org/model", "what later files don't name stays"
+
+
+def test_an_empty_file_changes_nothing(base: Path, tmp_path: Path) -> None:
+    for text in ("", "# only a comment\n", "---\n"):
+        assert config_io.load([base, write(tmp_path, text)]) == config_io.load([base])
+
+
+@pytest.mark.parametrize("text", ["5e-6", "5E-06", "0.000005", "5.0e-6"])
+def test_floats_without_a_dot_are_numbers(base: Path, text: str) -> None:
+    assert config_io.load([base], [("learner.learning_rate", text)]).learning_rate == 5e-6
+    path = write(base.parent, f"learner: {{learning_rate: {text}}}")
+    assert config_io.load([base, path]).learning_rate == 5e-6
+
+
+@given(value=st.floats(min_value=1e-300, max_value=1e300))
+@settings(max_examples=50, deadline=None)
+def test_every_float_that_python_prints_is_read_back(value: float) -> None:
+    overrides = [
+        ("model.path", "m"),
+        *((f"prompts.{split}.path", "p") for split in ("train", "gate", "final")),
+        ("judges.panel", "[{name: j, function: 'a:b', dimensions: [correctness]}]"),
+        ("learner.max_grad_norm", repr(value)),
+    ]
+    assert config_io.load([], overrides).learner.max_grad_norm == value
+
+
+@given(
+    text=st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), min_size=1)
+)
+@settings(max_examples=100, deadline=None)
+def test_text_given_as_an_override_is_taken_as_it_stands(text: str) -> None:
+    reader = config_io._Reader(lambda line: "here")
+    node = config_io._override("model.path", text, reader)
+    assert node is not None and node.value == text and not reader.problems
+
+
+def test_overrides_reach_text_null_lists_mappings_and_list_items(base: Path) -> None:
+    config = config_io.load(
+        [base],
+        [
+            ("run.name", "7"),
+            ("model.revision", "1e5"),
+            ("prompts.template", "{prompt} # {context}"),
+            ("prompts.system", "null"),
+            ("model.lora.target_modules", "[q_proj, v_proj]"),
+            ("selection.weights", "{correctness: 1}"),
+            ("selection.floors.correctness", "0.7"),
+            ("judges.panel.0.name", "renamed"),
+            ("prompts.train.columns.prompt", "question"),
+        ],
+    )
+    assert (config.run.name, config.model.revision) == ("7", "1e5")
+    assert (config.prompts.template, config.prompts.system) == ("{prompt} # {context}", None)
+    assert config.model.lora.target_modules == ["q_proj", "v_proj"]
+    assert (config.weights, config.floors) == ({"correctness": 1.0}, {"correctness": 0.7})
+    assert config.judges.panel[0].name == "renamed"
+    assert config.judges.panel[0].function == "verifiers:score"
+    assert config.prompts.train.columns == {"prompt": "question"}
+
+
+def test_an_unknown_key_names_file_line_and_the_likely_one(base: Path) -> None:
+    assert error(base, "run: {seed: 1}\nrollout:\n  top_p: 1\n  temprature: 0.7\n") == (
+        "unknown key rollout.temprature (run.yaml:4); did you mean temperature?"
+    )
+    assert error(base, "rolout: {temperature: 1}") == (
+        "unknown key rolout (run.yaml:1); did you mean rollout?"
+    )
+    assert error(base, "objective:\n  epochs: 2") == (
+        "unknown key objective.epochs (run.yaml:2); did you mean learner.epochs?"
+    )
+
+
+def test_an_unknown_key_is_found_at_any_depth(base: Path) -> None:
+    text = """\
+    judges:
+      panel:
+        - name: house
+          function: "a:b"
+          dimensions: [correctness]
+          functon: "a:c"
+    """
+    found = error(base, text)
+    assert found == "unknown key judges.panel.0.functon (run.yaml:6); did you mean function?"
+    nested = error(base, "model:\n  lora:\n    rnk: 8\n")
+    assert nested == "unknown key model.lora.rnk (run.yaml:3); did you mean rank?"
+
+
+def test_an_unknown_override_names_the_flag(base: Path) -> None:
+    (found,) = errors([base], ("rollout.temprature", "0.7"))
+    assert found.startswith("unknown key rollout.temprature (command line: --rollout.temprature); ")
+    assert found.endswith("did you mean temperature?")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("rollout: {temperature: 3}", ["rollout.temperature", "> 0 and <= 2", "found 3", "0.7"]),
+        ("selection: {floors: {correctness: 1.1}}", ["floors.correctness", "<= 1", "found 1.1"]),
+        ("learner: {epochs: true}", ["learner.epochs", "a whole number >= 1", "found true"]),
+        ("learner: {epochs: 1.0}", ["learner.epochs", "a whole number", "found 1.0"]),
+        ("learner: {epochs: 1e1}", ["learner.epochs", "a whole number", "found 10.0"]),
+        ("rollout: {top_p: true}", ["rollout.top_p", "a number", "found true"]),
+        ('rollout: {top_p: "0.5"}', ["a number", 'found "0.5"', "without quotes"]),
+        ("learner: {epochs: 010}", ["learner.epochs", 'found "010"', "default, 1"]),
+        ("learner: {epochs: 1:30}", ["learner.epochs", 'found "1:30"']),
+        ("run: {name: 7}", ["run.name", "text", "found 7", "quotes"]),
+        ("run: {name: no}", ["run.name", "text", "found false", "quotes"]),
+        ("run: {name: a/b}", ["run.name", "matching", 'found "a/b"']),
+        ("tracking: {plain: 1}", ["tracking.plain", "true or false", "found 1"]),
+        ("rollout: {engine: vlm}", ["rollout.engine", "one of auto, vllm", "did you mean vllm?"]),
+        ("rollout:\n", ["rollout", "a mapping of settings", "found null", "defaults"]),
+        ("judges: {panel: []}", ["judges.panel", "a list", "found []"]),
+        ("selection: {max_pairs: 0}", ["selection.max_pairs", ">= 1 or null", "found 0"]),
+        ("model: {lora: {target_modules: 3}}", ["lora.target_modules", "all-linear or a list"]),
+        (
+            "learner: {max_grad_norm: .inf}",
+            ["learner.max_grad_norm", "a number > 0", 'found ".inf"'],
+        ),
+        (
+            "learner: {max_grad_norm: .nan}",
+            ["learner.max_grad_norm", "a number > 0", 'found ".nan"'],
+        ),
+        ("learner: {max_grad_norm: 1e999}", ["learner.max_grad_norm", 'found "1e999"', "finite"]),
+    ],
+)
+def test_a_wrong_value_names_field_rule_value_place_and_remedy(
+    base: Path, text: str, parts: list[str]
+) -> None:
+    found = error(base, text)
+    assert [part for part in [*parts, "(run.yaml:1); "] if part not in found] == [], found
+
+
+def test_rules_between_settings_point_to_the_setting_or_the_section(base: Path) -> None:
+    assert error(base, "rollout:\n  top_p: 1\n  samples_per_prompt: 1\n") == (
+        "rollout.samples_per_prompt must be at least 2 to form a pair, got 1 (run.yaml:3)"
+    )
+    assert (
+        "(command line: --rollout.samples_per_prompt)"
+        in errors([base], ("rollout.samples_per_prompt", "1"), ("rollout.top_p", "1"))[0]
+    )
+    both = error(base, "run: {seed: 1}\nprompts:\n  gate:\n    dataset: x\n")
+    assert both.startswith("prompts.gate: give exactly one of path, dataset, function")
+    assert both.endswith("(run.yaml:3)")
+    unknown = error(base, "selection:\n  min_margin: 0\n  weights: {tone: 1}\n")
+    assert unknown.startswith("selection.weights names ['tone'], which no judge")
+    assert unknown.endswith("(run.yaml:3)")
+
+
+def test_a_missing_setting_names_what_it_must_be(tmp_path: Path) -> None:
+    path = write(tmp_path, "model:\n  revision: abc\n")
+    lines = errors([path])
+    assert f"model.path is missing ({path}:1); it must be text" in lines
+    assert f"judges is missing ({path}); it must be a mapping of settings" in lines
+
+
+def test_all_errors_are_reported_together_one_a_line(base: Path) -> None:
+    text = "rollout: {temprature: 1, top_p: 3}\nlearner: {epochs: x}\nrun: {seed: 1, seed: 2}\n"
+    lines = errors([base, write(base.parent, text)], ("gates.max_drop", "2"))
+    for field in ("rollout.temprature", "rollout.top_p", "learner.epochs", "run.seed", "max_drop"):
+        assert sum(field in line for line in lines) == 1, (field, lines)
+    assert len(lines) == 5
+
+
+def test_a_key_given_twice_names_both_lines(base: Path) -> None:
+    assert error(base, "rollout:\n  top_p: 1\n  engine: auto\n  top_p: 0.5\n") == (
+        "rollout.top_p is given twice (run.yaml:2 and run.yaml:4); keep one"
+    )
+    assert "run is given twice (run.yaml:1 and run.yaml:2)" in error(base, "run: {}\nrun: {}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("rollout:\n  engine: [auto\n", 3),
+        ("a: b: c\n", 1),
+        ("rollout:\n\ttop_p: 1\n", 2),
+        ("run: {}\n---\nrun: {}\n", 2),
+        ("run:\n  name: *nowhere\n", 2),
+        ("run: {name: !!python/name:os.system x}", 1),
+        ("run: {name: \x01}", 1),
+    ],
+)
+def test_invalid_yaml_names_file_and_line(base: Path, text: str, line: int) -> None:
+    found = error(base, text)
+    assert found.startswith(f"invalid YAML (run.yaml:{line}): "), found
+
+
+def test_an_alias_to_itself_is_an_error(base: Path) -> None:
+    assert error(base, "model: {lora: {target_modules: &a [*a]}}") == (
+        "invalid YAML (run.yaml:1): model.lora.target_modules.0 is an alias to itself; correct it"
+    )
+
+
+def test_a_file_that_is_no_mapping_or_not_there_is_an_error(base: Path, tmp_path: Path) -> None:
+    assert "must hold a mapping of sections, found [1, 2] (run.yaml:1)" in error(base, "[1, 2]")
+    missing = tmp_path / "nope.yaml"
+    assert errors([base, missing]) == [f"config file {missing} does not exist; check the path"]
+    assert "can't be read" in errors([tmp_path])[0]
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8 text" in errors([binary])[0]
+
+
+def test_a_missing_file_is_not_reported_as_missing_settings(tmp_path: Path) -> None:
+    assert len(errors([tmp_path / "nope.yaml"])) == 1
+
+
+def test_a_dump_loads_to_the_same_behaviour(base: Path, tmp_path: Path) -> None:
+    config = config_io.load([base], [("learner.warmup_share", "1e-7"), ("prompts.system", "yes")])
+    again = config_io.load([write(tmp_path, config_io.dump(config))])
+    assert config_io.dump(again) == config_io.dump(config)
+    assert config_io.config_hash(again) == config_io.config_hash(config)
+    assert again.prompts.system == "yes"
+    for name in ("weights", "floors", "protected", "gated", "needed", "learning_rate"):
+        assert getattr(again, name) == getattr(config, name), name
+
+
+def test_a_dump_keeps_field_order_and_resolves_defaults(base: Path) -> None:
+    shown = yaml.safe_load(config_io.dump(config_io.load([base])))
+    assert list(shown) == list(RunConfig.model_fields)
+    assert shown["selection"]["weights"] == {"correctness": 0.4, "style": 0.1}
+    assert shown["gates"]["dimensions"] == ["correctness"]
+    assert float(shown["learner"]["learning_rate"]) == 1e-4
+
+
+NEUTRAL_CHANGES = [
+    ("run.name", "other"),
+    ("run.directory", "elsewhere"),
+    ("rounds.count", "9"),
+    ("tracking.plain", "true"),
+    ("tracking.log_steps", "7"),
+    ("learner.checkpoint_steps", "3"),
+    ("rollout.gpu_memory_share", "0.8"),
+    ("rollout.memory_gib", "2"),
+]
+
+
+def test_the_hash_ignores_what_cannot_change_results(base: Path) -> None:
+    one, other = config_io.load([base]), config_io.load([base], NEUTRAL_CHANGES)
+    assert config_io.config_hash(one) == config_io.config_hash(other)
+    assert config_io.difference(config_io.resolved(one), config_io.resolved(other)) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("run.seed", "1", "run.seed: 0 -> 1"),
+        ("rollout.max_concurrency", "4", "rollout.max_concurrency: 128 -> 4"),
+        ("rounds.reference", "round_start", 'rounds.reference: "initial" -> "round_start"'),
+        ("judges.panel.0.name", "x", 'judges.panel.0.name: "house" -> "x"'),
+        ("model.tuning", "qlora", 'model.tuning: "lora" -> "qlora"'),
+        ("prompts.gate.columns.prompt", "q", 'prompts.gate.columns.prompt: (absent) -> "q"'),
+    ],
+)
+def test_the_hash_and_the_difference_show_what_may(
+    base: Path, key: str, value: str, line: str
+) -> None:
+    one, other = config_io.load([base]), config_io.load([base], [(key, value)])
+    assert config_io.config_hash(one) != config_io.config_hash(other)
+    assert line in config_io.difference(config_io.resolved(one), config_io.resolved(other))
+
+
+def test_writing_a_default_out_changes_no_hash(base: Path) -> None:
+    plain = config_io.load([base])
+    spelled = config_io.load(
+        [base], [("learner.learning_rate", "1e-4"), ("selection.floors", "{correctness: 0.6}")]
+    )
+    assert config_io.config_hash(plain) == config_io.config_hash(spelled)
+
+
+def test_every_neutral_name_is_a_setting_or_a_section() -> None:
+    names = set(config_io.leaves()) | set(RunConfig.model_fields)
+    assert set(config_io.NEUTRAL) <= names
+
+
+def test_the_reference_describes_every_setting() -> None:
+    text = config_io.describe()
+    for name in config_io.leaves():
+        assert f"- `{name}`: " in text, name
+    assert "`rollout.temperature`: a number > 0 and <= 2; default 0.7." in text
+    assert "Varied enough to differ" in text
+    assert "`model.path`: text; required." in text
+
+
+def test_every_key_has_a_reader() -> None:
+    """A setting that no code reads is a promise that nobody keeps."""
+    read = {
+        node.attr
+        for room in ("rlhf", "rollout", "launch")
+        for path in (ROOT / room).rglob("*.py")
+        if not path.name.startswith("config")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    unread = [name for name in config_io.leaves() if name.rsplit(".", 1)[-1] not in read]
+    assert unread == []
