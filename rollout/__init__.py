@@ -1,0 +1,1 @@
+"""What produces samples and scores: generators, prompt pools, judges."""

@@ -1,0 +1,1 @@
+"""Judges: whatever scores a completion, and abstains rather than guess."""

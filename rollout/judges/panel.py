@@ -1,0 +1,117 @@
+"""The judges of a run together: build them, ask them all, stop when too few answers count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import polars as pl
+
+from rlhf.config import JudgeSpec
+from rlhf.errors import DataGateError, PairloopError
+from rlhf.protocols import Judge
+from rlhf.types import Completion, Prompt, Score
+from rollout.judges.verifier import Verifier
+
+_REASONS_SHOWN = 3
+
+
+def build(specs: Sequence[JudgeSpec], field: str) -> list[Judge]:
+    """The judges of a configuration list (`field`: judges.panel or judges.audit), in its order.
+
+    Raises InputError where a judge's function can't be loaded.
+    """
+    return [Verifier.of(spec, f"{field}[{index}]") for index, spec in enumerate(specs)]
+
+
+def score_all(judges: Sequence[Judge], items: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
+    """Every judge's scores, ordered by judge, then item, then dimension.
+
+    Scores are never matched to completions by position alone: a judge whose answer does not name
+    exactly the items and dimensions it was asked for, in that order, raises PairloopError.
+    """
+    for prompt, completion in items:
+        assert prompt.prompt_id == completion.prompt_id, (prompt.prompt_id, completion.prompt_id)
+    scores: list[Score] = []
+    for judge in judges:
+        found = judge.score(items)
+        _check_answer(judge, items, found)
+        scores.extend(found)
+    return scores
+
+
+def _check_answer(
+    judge: Judge, items: Sequence[tuple[Prompt, Completion]], found: Sequence[Score]
+) -> None:
+    asked = [(c.prompt_id, c.sample, d) for _, c in items for d in judge.dimensions]
+    if len(found) != len(asked):
+        raise PairloopError(
+            f"judge {judge.name!r} must return one score for each of {len(items)} completions and "
+            f"{len(judge.dimensions)} dimensions ({len(asked)} in all), got {len(found)}"
+        )
+    for wanted, score in zip(asked, found, strict=True):
+        got = (score.prompt_id, score.sample, score.dimension)
+        if got != wanted or score.judge != judge.name:
+            raise PairloopError(
+                f"judge {judge.name!r} was asked for prompt {wanted[0]!r}, sample {wanted[1]}, "
+                f"dimension {wanted[2]!r}, but scored prompt {got[0]!r}, sample {got[1]}, "
+                f"dimension {got[2]!r} as {score.judge!r}"
+            )
+        if not _well_formed(score):
+            raise PairloopError(
+                f"judge {judge.name!r} must give a score in [0, 1] or abstain with a reason, got "
+                f"{score}"
+            )
+
+
+def _well_formed(score: Score) -> bool:
+    if score.abstained:
+        return score.score is None and bool(score.reason)
+    return score.score is not None and math.isfinite(score.score) and 0 <= score.score <= 1
+
+
+def check_abstentions(scores: pl.DataFrame, limit: float) -> None:
+    """Stop where a dimension misses too many scores.
+
+    `scores` has schema `SCORES`; `limit` is the largest share of abstentions, in [0, 1], that a
+    dimension may have. Raises DataGateError with every dimension above it and its commonest
+    reasons.
+    """
+    shares = (
+        scores.group_by("dimension")
+        .agg(
+            pl.col("abstained").mean().alias("share"),
+            pl.col("abstained").sum().alias("missing"),
+            pl.len().alias("asked"),
+        )
+        .filter(pl.col("share") > limit)
+        .sort("dimension")
+    )
+    if shares.is_empty():
+        return
+    lines = [
+        f"  {row['dimension']}: {row['share']:.1%} ({row['missing']} of {row['asked']}); "
+        + _common_reasons(scores, row["dimension"])
+        for row in shares.iter_rows(named=True)
+    ]
+    raise DataGateError(
+        f"judges.max_abstention allows {limit:.1%} missing scores in a dimension; above it are\n"
+        + "\n".join(lines)
+        + "\nCorrect the judge, or the prompts that it can't judge; raise judges.max_abstention "
+        "only if completions without a score may be left out."
+    )
+
+
+def _common_reasons(scores: pl.DataFrame, dimension: str) -> str:
+    counted = (
+        scores.filter((pl.col("dimension") == dimension) & pl.col("abstained"))
+        .group_by("judge", "reason")
+        .len()
+        .sort(["len", "judge", "reason"], descending=[True, False, False])
+    )
+    shown = [
+        f"{row['len']} x {row['judge']}: {row['reason']}"
+        for row in counted.head(_REASONS_SHOWN).iter_rows(named=True)
+    ]
+    more = counted.height - len(shown)
+    return "; ".join(shown) + (f"; and {more} other reasons" if more > 0 else "")
