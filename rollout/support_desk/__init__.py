@@ -1,0 +1,1 @@
+"""The demo's task: the support desk of Quillmere, an invented broadband and appliance company."""
