@@ -1,0 +1,454 @@
+"""On-policy preference optimisation: start reading here, `run` is the algorithm.
+
+How it differs from offline DPO: answers are sampled from the policy that is being trained, every
+round anew, and judged; pairs are made of the policy's own answers to one prompt. What it leaves
+out of RLHF with PPO: no value model, no reward gradient, no per-token advantage; the KL leash is
+inside the DPO loss and is measured on fresh samples instead of being a penalty.
+
+Versions are rounds: version 0 is the start, round t trains version t from version t - 1. Every
+stage is stored by the round it belongs to and is done once, whatever kills the process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from rlhf.config import RunConfig
+from rlhf.errors import DataGateError, InputError
+from rlhf.evaluation import compare, per_prompt, summarise
+from rlhf.gates import decide, judge_gates
+from rlhf.interrupts import Interrupts
+from rlhf.learner import Learner
+from rlhf.metrics import Metrics
+from rlhf.protocols import Reporter, Sampling, Serving
+from rlhf.rounds import Round, RunStore
+from rlhf.selection import Rules, check_cold_start, cold_start, select_pairs
+from rlhf.summary import model_card, round_rows, write_summary
+from rlhf.types import Completion, Prompt, completions_of, completions_table
+
+Items = Sequence[tuple[Prompt, Completion]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the loop is wired to; `launch` builds it."""
+
+    serving: Serving
+    learner: Learner
+    sample: Callable[[int], list[Prompt]]
+    """Training prompts of a round (from 1)."""
+    gate: Sequence[Prompt]
+    final: Sequence[Prompt]
+    score: Callable[[Items, bool], pl.DataFrame]
+    """Scores of the panel; with True, of the audit judges too."""
+    check_scores: Callable[[pl.DataFrame], None]
+    """Raises DataGateError where judges abstained too often."""
+    prompt_table: Callable[[Sequence[Prompt]], pl.DataFrame]
+    reporter: Reporter
+    interrupts: Interrupts
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    state: Literal["done", "stopped_early", "failed"]
+    reason: str
+    best_round: int | None
+    promoted: tuple[int, ...]
+
+
+def run(config: RunConfig, store: RunStore, parts: Parts) -> Outcome:
+    """Go round until the rounds are done or a gate stops it; then score the final split once.
+
+    Raises DataGateError where the data can't be trusted, ParityError where the generator is stale,
+    NonFiniteError before a broken update, Interrupted at a safe point after a signal.
+    """
+    do = Stages(config, store, parts)
+    _refuse_more_rounds(config, store)
+    store.status("running")
+    do.evaluate(store.round(0), version=0)
+    promoted: list[int] = []
+    outcome: Outcome | None = None
+    for index in range(1, config.rounds.count + 1):
+        round = store.round(index)
+        prompts = parts.sample(index)
+        completions = do.generate(round, "completions", prompts, version=index - 1)
+        scores = do.score(round, "scores", prompts, completions, audit=False)
+        if index == 1:
+            do.check_cold_start(round, completions, scores)
+        pairs = do.select(round, prompts, completions, scores)
+        do.train(round, pairs)
+        do.evaluate(round, version=index)
+        verdict = do.gate(round, best=do.best([0, *promoted]))
+        parts.reporter.table(f"round {index}", round_rows(store, index))
+        parts.reporter.say(verdict["reason"])
+        if not verdict["promoted"]:
+            outcome = do.stop(promoted, f"round {index}: {verdict['reason']}")
+            break
+        promoted.append(index)
+        store.status("running", best_round=do.best(promoted), promoted=promoted)
+        do.summarise()
+    outcome = outcome or do.finish(promoted)
+    if outcome.best_round is not None:
+        do.claim(outcome.best_round)
+    store.status(
+        outcome.state, reason=outcome.reason, best_round=outcome.best_round, promoted=promoted
+    )
+    do.summarise()
+    return outcome
+
+
+class Stages:
+    """The loop's stages, each done once and timed."""
+
+    def __init__(self, config: RunConfig, store: RunStore, parts: Parts) -> None:
+        self.config = config
+        self.store = store
+        self.parts = parts
+        self.rules = Rules.of(config)
+        self.metrics = Metrics(store.folder / "metrics.jsonl")
+
+    def generate(
+        self,
+        round: Round,
+        name: str,
+        prompts: Sequence[Prompt],
+        version: int,
+        sampling: Sampling | None = None,
+    ) -> pl.DataFrame:
+        """Completions of `prompts` from policy `version`, shard by shard."""
+        base = sampling or self._sampling(self.config.rollout.samples_per_prompt)
+        shards = self._shards(prompts)
+
+        def compute(shard: int) -> pl.DataFrame:
+            generator = self.parts.serving.at(version, self.policy(version))
+            # Every shard has a seed of its own, so that a resumed run draws what a whole one does.
+            seed = np.random.SeedSequence((base.seed, version, _stage_key(name), shard))
+            drawn = generator.generate(
+                shards[shard],
+                Sampling(
+                    base.samples,
+                    base.temperature,
+                    base.top_p,
+                    base.max_new_tokens,
+                    int(seed.generate_state(1)[0]) % 2**31,
+                ),
+            )
+            _check_drawn(shards[shard], drawn, base.samples, version)
+            advance(shard + 1)
+            return completions_table(drawn)
+
+        with (
+            self._timed(round, name) as note,
+            self.parts.reporter.progress(f"{_title(round)} {name}", len(shards)) as advance,
+        ):
+            table = round.shards(name, len(shards), compute, self.parts.interrupts.check)
+            note["completions"] = table.height
+            note["tokens"] = int(table["token_ids"].list.len().sum())
+        return table
+
+    def score(
+        self,
+        round: Round,
+        name: str,
+        prompts: Sequence[Prompt],
+        completions: pl.DataFrame,
+        audit: bool,
+    ) -> pl.DataFrame:
+        """Scores of completions, shard by shard. Raises DataGateError on too many abstentions."""
+        shards = self._shards(prompts)
+
+        def compute(shard: int) -> pl.DataFrame:
+            known = {p.prompt_id: p for p in shards[shard]}
+            part = completions_of(completions.filter(pl.col("prompt_id").is_in(list(known))))
+            return self.parts.score([(known[c.prompt_id], c) for c in part], audit)
+
+        with self._timed(round, name):
+            table = round.shards(name, len(shards), compute, self.parts.interrupts.check)
+        self.parts.check_scores(table)
+        return table
+
+    def check_cold_start(
+        self, round: Round, completions: pl.DataFrame, scores: pl.DataFrame
+    ) -> None:
+        """Raises DataGateError where the start has too little to learn from."""
+        found = round.record("cold_start", lambda: cold_start(completions, scores, self.rules))
+        check_cold_start(found, self.config.selection.cold_start)
+
+    def select(
+        self,
+        round: Round,
+        prompts: Sequence[Prompt],
+        completions: pl.DataFrame,
+        scores: pl.DataFrame,
+    ) -> pl.DataFrame:
+        """Pairs and the funnel that explains every loss. Raises DataGateError if there is none."""
+
+        @cache
+        def selected() -> Any:
+            return select_pairs(
+                completions, scores, self.parts.prompt_table(prompts), self.rules
+            )
+
+        with self._timed(round, "select") as note:
+            funnel = round.record("funnel", lambda: selected().funnel)
+            pairs = round.table("pairs", lambda: selected().pairs)
+            note["pairs"] = pairs.height
+        kept = funnel["yield"]
+        self.parts.reporter.say(
+            f"{_title(round)} pairs: {pairs.height} of {len(prompts)} prompts "
+            f"(best and worst, then filter, would keep {kept['best_and_worst_then_filter']} of "
+            f"{kept['largest_admissible']})"
+        )
+        if pairs.is_empty():
+            lost = max(funnel["steps"], key=lambda s: s["lost_prompts"])
+            raise DataGateError(
+                f"{_title(round)}: no pair is left of {len(prompts)} prompts; most fell at "
+                f"{lost['step']} ({lost['lost_prompts']} prompts: {lost['why']}). "
+                f"The whole funnel is in {round.path / 'funnel.json'}"
+            )
+        return pairs
+
+    def train(self, round: Round, pairs: pl.DataFrame) -> None:
+        """Policy `round.index` from the one before, by way of the cached reference log-probs."""
+        index = round.index
+        assert index is not None
+        learner, before = self.parts.learner, self.policy(index - 1)
+        if round.done("policy"):
+            round.folder("policy", _never)
+            round.drop("trainer")
+            return
+        self.parts.serving.sleep()
+        learner.policy.restore(before)
+        with self._timed(round, "reference"):
+            reference = round.table("reference_logps", lambda: learner.reference_logps(pairs))
+        planned = learner.plan(pairs.height)
+        logged = False
+
+        def on_step(step: int, values: Mapping[str, float]) -> None:
+            nonlocal logged
+            if not logged:
+                self.metrics.rewind(index, "train", after_step=step - 1)
+                logged = True
+            if step % self.config.tracking.log_steps == 0 or step == planned:
+                self.metrics.log(index, "train", step, values)
+            advance(step)
+
+        def compute(folder: Path) -> None:
+            trained = learner.train(
+                pairs,
+                reference,
+                index,
+                round.scratch("trainer"),
+                on_step,
+                self.parts.interrupts.check,
+            )
+            note.update(asdict(trained))
+            learner.policy.save(folder, model_card(self.config, index, pairs))
+
+        with (
+            self._timed(round, "training") as note,
+            self.parts.reporter.progress(f"{_title(round)} train", planned) as advance,
+        ):
+            round.folder("policy", compute)
+            round.drop("trainer")
+        self.parts.serving.wake()
+
+    def evaluate(self, round: Round, version: int) -> None:
+        """Held-out scores of `version` on the gate split, and its KL to the start."""
+        self._score_held_out(round, "evaluation", self.parts.gate, version)
+        if version > 0 and not round.done("kl"):
+            prompts = self.parts.gate[: self.config.evaluation.kl_prompts]
+            fresh = Sampling(
+                1, 1.0, 1.0, self.config.rollout.max_new_tokens, self.config.run.seed
+            )
+            drawn = self.generate(round, "evaluation/fresh", prompts, version, fresh)
+            with self._timed(round, "kl"):
+                round.record("kl", lambda: self._kl(drawn, version))
+        round.record("evaluation", lambda: self._evaluation(round, version))
+
+    def gate(self, round: Round, best: int) -> dict[str, Any]:
+        """Whether this round is promoted, judged against the best so far."""
+
+        def compute() -> dict[str, Any]:
+            change = compare(self._table(round), self._table(self.store.round(best)), *self._draws)
+            gates = judge_gates(change, self.config.gates, self.config.gated)
+            verdict = decide(gates, self.config.gates.on_inconclusive)
+            return {**asdict(verdict), "against": best}
+
+        return round.record("gates", compute)
+
+    def best(self, among: Sequence[int]) -> int:
+        """The round with the highest gate reward; the earliest of equals."""
+        return max(among, key=lambda i: (self._reward(i), -i))
+
+    def stop(self, promoted: Sequence[int], reason: str) -> Outcome:
+        """A gate ended the run."""
+        if not promoted:
+            return Outcome("failed", f"no round could be promoted; {reason}", None, ())
+        return Outcome("stopped_early", reason, self.best(promoted), tuple(promoted))
+
+    def finish(self, promoted: Sequence[int]) -> Outcome:
+        """All rounds ran."""
+        return Outcome(
+            "done",
+            f"all {self.config.rounds.count} rounds ran",
+            self.best(promoted),
+            tuple(promoted),
+        )
+
+    def claim(self, best: int) -> None:
+        """Score the final split, once, for the start and the best round."""
+        final = self.store.final()
+        tables = {}
+        for name, version in (("start", 0), ("best", best)):
+            tables[name] = self._score_held_out(final, name, self.parts.final, version)
+        final.record(
+            "evaluation",
+            lambda: {
+                "best_round": best,
+                "rounds": self.config.rounds.count,
+                "start": summarise(tables["start"], *self._draws),
+                "best": summarise(tables["best"], *self._draws),
+                "change": compare(tables["best"], tables["start"], *self._draws),
+            },
+        )
+
+    def summarise(self) -> None:
+        """Write summary.md from what is stored."""
+        write_summary(self.store, self.config)
+
+    def policy(self, version: int) -> Path | None:
+        """Where a version is stored; None for the start."""
+        return None if version == 0 else self.store.round(version).path / "policy"
+
+    def _score_held_out(
+        self, round: Round, name: str, prompts: Sequence[Prompt], version: int
+    ) -> pl.DataFrame:
+        sampling = self._sampling(self.config.evaluation.samples_per_prompt)
+        drawn = self.generate(round, f"{name}/completions", prompts, version, sampling)
+        scores = self.score(round, f"{name}/scores", prompts, drawn, audit=True)
+        audit = [judge.name for judge in self.config.judges.audit]
+        about = self.parts.prompt_table(prompts)
+        return round.table(
+            f"{name}/per_prompt", lambda: per_prompt(scores, about, self.config.weights, audit)
+        )
+
+    def _evaluation(self, round: Round, version: int) -> dict[str, Any]:
+        table = self._table(round)
+        against = {}
+        if version > 0:
+            others = {"start": 0, "previous": version - 1, "best": self.best(range(version))}
+            against = {
+                name: {
+                    "round": other,
+                    "change": compare(table, self._table(self.store.round(other)), *self._draws),
+                }
+                for name, other in others.items()
+            }
+        return {"version": version, "scores": summarise(table, *self._draws), "against": against}
+
+    def _kl(self, drawn: pl.DataFrame, version: int) -> dict[str, Any]:
+        """KL(policy || start), in nats a sequence: mean over fresh samples y ~ policy of
+        log policy(y) - log start(y)."""
+        completions = completions_of(drawn)
+        learner = self.parts.learner
+        self.parts.serving.sleep()
+        learner.policy.restore(self.policy(version))
+        now = np.array([sum(row) for row in learner.logps(completions)])
+        start = np.array([sum(row) for row in learner.logps(completions, initial=True)])
+        self.parts.serving.wake()
+        difference = now - start
+        tokens = sum(len(c.token_ids) for c in completions)
+        error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else None
+        return {
+            "kl": float(difference.mean()),
+            "standard_error": None if error is None else float(error),
+            "kl_per_token": float(difference.sum() / tokens),
+            "samples": len(completions),
+        }
+
+    def _table(self, round: Round) -> pl.DataFrame:
+        return round.table("evaluation/per_prompt", _never)
+
+    def _reward(self, index: int) -> float:
+        scores = self.store.round(index).record("evaluation", _never)["scores"]
+        return float(scores["reward"]["value"])
+
+    def _shards(self, prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
+        size = self.config.rollout.shard_prompts
+        return [prompts[start : start + size] for start in range(0, len(prompts), size)]
+
+    def _sampling(self, samples: int) -> Sampling:
+        rollout = self.config.rollout
+        return Sampling(
+            samples,
+            rollout.temperature,
+            rollout.top_p,
+            rollout.max_new_tokens,
+            self.config.run.seed,
+        )
+
+    @property
+    def _draws(self) -> tuple[int, int]:
+        return self.config.evaluation.bootstrap, self.config.run.seed
+
+    @contextmanager
+    def _timed(self, round: Round, name: str) -> Iterator[dict[str, Any]]:
+        """Log a stage's seconds, unless all of it was stored before."""
+        note: dict[str, Any] = {}
+        stored = round.done(name)
+        started = time.perf_counter()
+        yield note
+        if not stored:
+            seconds = round_seconds(time.perf_counter() - started)
+            self.metrics.rewind(round.index, name)
+            self.metrics.log(round.index, name, 1, {"seconds": seconds, **note})
+
+
+def round_seconds(seconds: float) -> float:
+    """Milliseconds are enough for a log."""
+    return float(f"{seconds:.3f}")
+
+
+def _refuse_more_rounds(config: RunConfig, store: RunStore) -> None:
+    final = store.final()
+    if not final.done("evaluation"):
+        return
+    rounds = final.record("evaluation", _never)["rounds"]
+    if config.rounds.count != rounds:
+        raise InputError(
+            f"rounds.count must stay {rounds}, got {config.rounds.count}: the final split of this "
+            "run was scored, and it is scored once. Start a new run (run.name) to go on"
+        )
+
+
+def _check_drawn(
+    prompts: Sequence[Prompt], drawn: Sequence[Completion], samples: int, version: int
+) -> None:
+    """A generator answers each prompt, in order, from the version that was asked for."""
+    expected = [(p.prompt_id, s, version) for p in prompts for s in range(samples)]
+    found = [(c.prompt_id, c.sample, c.policy_version) for c in drawn]
+    assert found == expected, "the generator answered other prompts, samples or versions"
+
+
+def _stage_key(name: str) -> int:
+    return int.from_bytes(name.encode()[-8:], "big")
+
+
+def _title(round: Round) -> str:
+    return "final" if round.index is None else f"round {round.index}"
+
+
+def _never(*_: object) -> Any:
+    raise AssertionError("read before it was stored")

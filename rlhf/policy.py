@@ -1,0 +1,370 @@
+"""Load a policy (full, LoRA, NF4 QLoRA) with its tokenizer; save it, restore it, merge it.
+
+Whatever the tuning, the rest of the house sees the same few verbs. Trained weights are kept in
+fp32 (masters) and computed in `model.precision` under autocast; a frozen base is held in that
+precision, or in NF4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.config import Model
+from rlhf.errors import InputError
+from rlhf.files import atomic_folder
+from rlhf.types import Message
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ADAPTER = "adapter_model.safetensors"
+
+
+def model_cache() -> Path:
+    """Where converted models are kept: `$XDG_CACHE_HOME/pairloop/models`."""
+    import os
+
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "pairloop" / "models"
+
+
+def materialise(path: str) -> str:
+    """A path that Transformers loads: a .gguf file is converted once into the user cache.
+
+    Weights are dequantised and stored in bf16, the tokenizer and its chat template beside them.
+    """
+    source = Path(path)
+    if source.suffix != ".gguf":
+        return path
+    if not source.is_file():
+        raise InputError(f"model.path: there is no file {source}")
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    target = model_cache() / f"{source.stem}-{digest}"
+    if target.is_dir():
+        return str(target)
+    from transformers import GgufConfig
+
+    folder, file_name = str(source.parent), source.name
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=file_name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file_name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(target) as staging:
+        model.to(torch.bfloat16).save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    return str(target)
+
+
+def load_tokenizer(config: Model, path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a chat template; an InputError where either is missing."""
+    _check_local(path)
+    if Path(path).is_dir() and not any(
+        (Path(path) / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+    ):
+        raise InputError(
+            f"model.path: the folder {path} has no tokenizer (tokenizer.json or tokenizer.model); "
+            "save the model's tokenizer into it"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.path: no tokenizer could be loaded from {path}: {error}") from None
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"model.path: the tokenizer of {path} has no chat template; pairloop trains instruct "
+            "models: take the -Instruct variant, or put a chat_template.jinja beside the tokenizer"
+        )
+    return tokenizer
+
+
+def prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Message]], list[int]]:
+    """The one place where the chat template is applied: messages -> prompt token ids."""
+
+    def encode(messages: Sequence[Message]) -> list[int]:
+        encoded: Any = tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )
+        return list(encoded["input_ids"])
+
+    return encode
+
+
+def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends an answer: the generation config's and the tokenizer's."""
+    ids: list[int] = []
+    file = Path(model_path) / "generation_config.json"
+    if file.exists():
+        stop = json.loads(file.read_text()).get("eos_token_id")
+        ids += stop if isinstance(stop, list) else [] if stop is None else [stop]
+    if tokenizer.eos_token_id is not None:
+        ids.append(int(tokenizer.eos_token_id))
+    return tuple(dict.fromkeys(ids))
+
+
+class Policy:
+    """The model being trained, on one device."""
+
+    def __init__(self, config: Model, path: str, device: str, seed: int) -> None:
+        self.config = config
+        self.path = path
+        self.device = device
+        self.dtype = DTYPES[config.precision]
+        self.tokenizer = load_tokenizer(config, path)
+        self.stop_ids = stop_token_ids(path, self.tokenizer)
+        base = self._load_base()
+        if config.tuning == "full":
+            self.model: nn.Module = base
+        elif config.adapter is not None:
+            self.model = self._continue_adapter(base, config.adapter)
+        else:
+            torch.manual_seed(seed)
+            self.model = get_peft_model(base, self._lora_config())
+        self._initial = (
+            {n: p.detach().cpu().clone() for n, p in self.trainable()} if self.adapted else None
+        )
+
+    @property
+    def adapted(self) -> bool:
+        """Whether only an adapter is trained."""
+        return self.config.tuning != "full"
+
+    @property
+    def pad_id(self) -> int:
+        """Any valid id: padded positions are masked and never scored."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.stop_ids[0])
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Trained parameters in a stable order."""
+        return sorted((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+
+    def autocast(self) -> torch.autocast:
+        """The precision that forward passes run in."""
+        enabled = self.dtype is not torch.float32
+        return torch.autocast(torch.device(self.device).type, dtype=self.dtype, enabled=enabled)
+
+    @contextmanager
+    def reference(self, kind: str) -> Iterator[nn.Module]:
+        """The model that the objective holds the policy to, for one gradient-free pass.
+
+        `round_start` is the policy as it stands; `initial` is the run's start: the adapter switched
+        off, the adapter the run started from, or (full tuning) the base loaded for this pass only.
+        """
+        if kind == "round_start":
+            yield self.model
+        elif not self.adapted:
+            initial = self._load_base()
+            yield initial
+            del initial
+        elif self.config.adapter is None:
+            with self.model.disable_adapter():  # type: ignore[operator]
+                yield self.model
+        else:
+            self.model.set_adapter("reference")  # type: ignore[operator]
+            try:
+                yield self.model
+            finally:
+                self.model.set_adapter("default")  # type: ignore[operator]
+
+    def save(self, folder: Path, card: str) -> None:
+        """A Hugging Face folder (PEFT adapter, or fp32 masters) with tokenizer and model card."""
+        if self.adapted:
+            assert isinstance(self.model, PeftModel)
+            weights = get_peft_model_state_dict(self.model, adapter_name="default")
+            save_file(
+                {n: t.detach().cpu().contiguous() for n, t in sorted(weights.items())},
+                folder / ADAPTER,
+                metadata={"format": "pt"},
+            )
+            described = self.model.peft_config["default"].to_dict()
+            described["inference_mode"] = True
+            described["base_model_name_or_path"] = self.path
+            (folder / "adapter_config.json").write_text(_stable_json(described))
+        else:
+            self._save_whole(folder, torch.float32)
+        self.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def save_merged(self, folder: Path) -> None:
+        """A whole model folder in compute precision: base (dequantised if NF4) plus adapter."""
+        self._save_whole(folder, self.dtype)
+        self.tokenizer.save_pretrained(folder)
+
+    def restore(self, folder: Path | None) -> None:
+        """Load trained weights that `save` wrote; None goes back to the start of the run."""
+        if self.adapted:
+            assert isinstance(self.model, PeftModel)
+            if folder is None:
+                assert self._initial is not None
+                with torch.no_grad():
+                    for name, parameter in self.trainable():
+                        parameter.copy_(self._initial[name])
+            else:
+                set_peft_model_state_dict(
+                    self.model, load_file(folder / ADAPTER), adapter_name="default"
+                )
+            return
+        weights = self._load_base().state_dict() if folder is None else _load_whole(folder)
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        missing = [name for name in missing if name not in self._tied()]
+        if missing or unexpected:
+            raise InputError(f"{folder}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+
+    def merged_weights(self) -> dict[str, Tensor]:
+        """Name -> weight of the plain model, adapter added in fp32, tied copies left out."""
+        plain = self.model.get_base_model() if self.adapted else self.model  # type: ignore[operator]
+        adapted = {n: m for n, m in plain.named_modules() if isinstance(m, LoraLayer)}
+        weights: dict[str, Tensor] = {}
+        for name, module in adapted.items():
+            layer = module.get_base_layer()
+            delta = module.get_delta_weight("default").float()
+            weights[f"{name}.weight"] = _dequantised(layer.weight).float() + delta
+            if getattr(layer, "bias", None) is not None:
+                weights[f"{name}.bias"] = layer.bias
+        inside = tuple(f"{name}." for name in adapted)
+        for module_name, module in plain.named_modules():
+            if f"{module_name}.".startswith(inside):
+                continue
+            for own, parameter in module.named_parameters(recurse=False):
+                weights[f"{module_name}.{own}"] = _dequantised(parameter)
+            for own, buffer in module.named_buffers(recurse=False):
+                if own not in module._non_persistent_buffers_set:
+                    weights[f"{module_name}.{own}"] = buffer
+        return {n: w.detach() for n, w in sorted(weights.items()) if n not in self._tied()}
+
+    def _save_whole(self, folder: Path, dtype: torch.dtype) -> None:
+        from huggingface_hub import save_torch_state_dict
+
+        weights = {n: w.to("cpu", dtype).contiguous() for n, w in self.merged_weights().items()}
+        save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+        config = AutoConfig.from_pretrained(
+            self.path,
+            revision=self.config.revision,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        config.dtype = dtype
+        config.save_pretrained(folder)
+        plain = self.model.get_base_model() if self.adapted else self.model  # type: ignore[operator]
+        if plain.generation_config is not None:
+            plain.generation_config.save_pretrained(folder)
+
+    def _tied(self) -> set[str]:
+        plain = self.model.get_base_model() if self.adapted else self.model  # type: ignore[operator]
+        if not getattr(plain.config, "tie_word_embeddings", False):
+            return set()
+        tied = getattr(plain, "all_tied_weights_keys", None) or {}
+        return set(tied)
+
+    def _load_base(self) -> nn.Module:
+        quantised = self.config.tuning == "qlora"
+        # Full tuning trains fp32 masters; a frozen base can rest in compute precision.
+        dtype = torch.float32 if self.config.tuning == "full" else self.dtype
+        options: dict[str, Any] = {}
+        if quantised:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=self.dtype,
+            )
+            options["device_map"] = {"": self.device}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                revision=self.config.revision,
+                trust_remote_code=self.config.trust_remote_code,
+                dtype=dtype,
+                attn_implementation=self.config.attention,
+                use_safetensors=True,
+                **options,
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"model.path: {self.path} could not be loaded: {error}") from None
+        except ImportError as error:
+            raise InputError(
+                f"model.tuning {self.config.tuning}: {error}; pip install 'pairloop[qlora]'"
+            ) from None
+        return model if quantised else model.to(self.device)
+
+    def _lora_config(self) -> LoraConfig:
+        lora = self.config.lora
+        return LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
+        )
+
+    def _continue_adapter(self, base: nn.Module, adapter: str) -> PeftModel:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise InputError(f"model.adapter: {adapter} is not a PEFT folder (adapter_config.json)")
+        model = PeftModel.from_pretrained(
+            base, adapter, adapter_name="default", is_trainable=True, use_safetensors=True
+        )
+        model.load_adapter(adapter, adapter_name="reference", is_trainable=False)
+        model.set_adapter("default")
+        for name, parameter in model.named_parameters():
+            if ".reference." in name:
+                parameter.requires_grad_(False)
+        return model
+
+
+def _check_local(path: str) -> None:
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise InputError(f"model.path: there is no folder {path}; give a folder or a hub id")
+
+
+def _dequantised(weight: Tensor) -> Tensor:
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, state)
+
+
+def _load_whole(folder: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights.update(load_file(file))
+    return weights
+
+
+def _stable_json(values: dict[str, Any]) -> str:
+    def plain(value: Any) -> Any:
+        # PEFT keeps module names in sets, whose order changes with every process.
+        if isinstance(value, set | frozenset):
+            return sorted(value)
+        return getattr(value, "value", str(value))
+
+    return json.dumps(values, indent=2, sort_keys=True, default=plain) + "\n"

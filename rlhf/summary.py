@@ -1,0 +1,235 @@
+"""`summary.md`: what improved, by how much, and why each round was promoted or not.
+
+Also the table a round prints and the card a stored policy carries. Everything is read from the
+store, so a summary can be written again at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from rlhf.config import RunConfig
+from rlhf.evaluation import AUDIT_PREFIX
+from rlhf.files import atomic_write
+from rlhf.rounds import RunStore
+
+Row = dict[str, str]
+
+
+def number(value: float | None) -> str:
+    """Three decimals; unbounded where there is none."""
+    return "unbounded" if value is None else f"{value:.3f}"
+
+
+def change(value: float | None) -> str:
+    """With its sign."""
+    return "unbounded" if value is None else f"{value:+.3f}"
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A table with the first row's keys as columns."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(row[c] for c in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def round_rows(store: RunStore, index: int) -> list[Row]:
+    """A round's held-out scores beside the start and the previous round, a row a dimension."""
+    evaluation = _record(store, index, "evaluation")
+    return [
+        {
+            "dimension": _shown(name),
+            "score": number(score["value"]),
+            "95% interval": f"{number(score['low'])} to {number(score['high'])}",
+            "since start": _since(evaluation, "start", name),
+            "since previous": _since(evaluation, "previous", name),
+        }
+        for name, score in _ordered(evaluation["scores"])
+    ]
+
+
+def write_summary(store: RunStore, config: RunConfig) -> None:
+    """Write `summary.md` into the run's folder."""
+    status = store.read_status() or {}
+    parts = [f"# {config.run.name}", _verdict(store, status)]
+    if not config.judges.audit:
+        parts.append("**No audit judge**: nothing here shows whether the judges were gamed.")
+    if store.final().done("evaluation"):
+        parts += ["## The claim: final split, scored once", _final(store)]
+    rounds = _finished(store, config.rounds.count)
+    if rounds:
+        parts += ["## Rounds on the gate split", _rounds(store, rounds)]
+    for index in rounds:
+        parts += [f"## Round {index}", _one_round(store, index)]
+    parts += ["## Where things are", _places(status)]
+    atomic_write(store.folder / "summary.md", ("\n\n".join(parts) + "\n").encode())
+
+
+def model_card(config: RunConfig, index: int, pairs: pl.DataFrame) -> str:
+    """README.md of a stored policy. The same run gives the same bytes."""
+    tuning = {"full": "full fine-tune", "lora": "LoRA adapter", "qlora": "LoRA adapter on NF4"}
+    adapted = config.model.tuning != "full"
+    loader = (
+        "from peft import AutoPeftModelForCausalLM\n"
+        "model = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
+        if adapted
+        else "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(FOLDER)"
+    )
+    library = "library_name: peft\n" if adapted else "library_name: transformers\n"
+    margin = float(pairs["margin"].to_numpy().mean())
+    return f"""---
+{library}tags: [pairloop, dpo, on-policy]
+---
+
+# {config.run.name}, round {index}
+
+{tuning[config.model.tuning]} of `{config.model.path}`, trained by pairloop on {pairs.height} pairs of
+the policy's own answers (round {index}, mean margin {margin:.3f}) with
+{config.objective.name.upper()}, beta {config.objective.beta:g}, learning rate
+{config.learning_rate:g}, reference {config.rounds.reference}.
+
+Judged on {", ".join(config.judges.dimensions)}; chosen answers met the floors
+{", ".join(f"{d} {v:g}" for d, v in sorted(config.floors.items())) or "(none)"}.
+What it scored, and whether it was promoted, stands in the run's `summary.md`.
+
+```python
+{loader}
+```
+"""
+
+
+def _verdict(store: RunStore, status: Mapping[str, Any]) -> str:
+    state = status.get("state", "running")
+    reason = status.get("reason") or "rounds are under way"
+    line = f"**{state.replace('_', ' ')}**: {reason.rstrip('.')}."
+    final = store.final()
+    if status.get("best_round") is not None and final.done("evaluation"):
+        reward = _record_of(final, "evaluation")["change"]["reward"]
+        line += (
+            f" On the final split the weighted reward of round {status['best_round']} is "
+            f"{change(reward['difference'])} against the start "
+            f"(95% interval {change(reward['low'])} to {change(reward['high'])})."
+        )
+    return line
+
+
+def _final(store: RunStore) -> str:
+    final = _record_of(store.final(), "evaluation")
+    rows = []
+    for name, change_ in _ordered(final["change"]):
+        rows.append(
+            {
+                "dimension": _shown(name),
+                "start": number(final["start"][name]["value"]),
+                f"round {final['best_round']}": number(final["best"][name]["value"]),
+                "change": change(change_["difference"]),
+                "95% interval": f"{change(change_['low'])} to {change(change_['high'])}",
+                "smallest detectable": number(change_["smallest_detectable"]),
+            }
+        )
+    some = final["change"]["reward"]
+    return (
+        f"{some['n_prompts']} prompts in {some['n_clusters']} clusters; paired differences, "
+        "intervals from a bootstrap over clusters.\n\n" + markdown_table(rows)
+    )
+
+
+def _rounds(store: RunStore, rounds: Sequence[int]) -> str:
+    evaluations = {i: _record(store, i, "evaluation") for i in (0, *rounds)}
+    names = [name for name, _ in _ordered(evaluations[0]["scores"])]
+    rows = []
+    for index, evaluation in evaluations.items():
+        row = {"round": "start" if index == 0 else str(index)}
+        row |= {_shown(n): number(evaluation["scores"][n]["value"]) for n in names}
+        row["KL to start"] = "0" if index == 0 else number(_record(store, index, "kl")["kl"])
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def _one_round(store: RunStore, index: int) -> str:
+    gates = _record(store, index, "gates")
+    funnel = _record(store, index, "funnel")
+    gate_rows = [
+        {
+            "gate": gate["name"],
+            f"change against round {gates['against']}": change(gate["value"]),
+            "95% interval": f"{change(gate['low'])} to {change(gate['high'])}",
+            "may not fall below": change(gate["threshold"]),
+            "smallest detectable drop": number(gate["smallest_detectable"]),
+            "verdict": gate["verdict"]
+            + (
+                ""
+                if gate["false_stop_rate"] is None
+                else f" (point rule, false-stop rate {gate['false_stop_rate']:.0%})"
+            ),
+        }
+        for gate in gates["gates"]
+    ]
+    steps = [
+        {
+            "step": step["step"],
+            "completions": str(step["completions"]),
+            "prompts": str(step["prompts"]),
+            "why": step["why"],
+        }
+        for step in funnel["steps"]
+    ]
+    kept = funnel["yield"]
+    return "\n\n".join(
+        [
+            gates["reason"],
+            markdown_table(gate_rows),
+            "How completions became pairs:",
+            markdown_table(steps),
+            f"Largest admissible margin kept {kept['largest_admissible']} pairs; best and worst, "
+            f"then filter, would have kept {kept['best_and_worst_then_filter']}.",
+        ]
+    )
+
+
+def _places(status: Mapping[str, Any]) -> str:
+    best = status.get("best_round")
+    policy = "none was promoted" if best is None else f"`rounds/{best:04d}/policy`"
+    return (
+        f"- best policy: {policy}\n- pairs of a round: `rounds/NNNN/pairs.parquet`, its funnel: "
+        "`funnel.json`\n- every completion and score: `completions/`, `scores/`, `evaluation/`\n"
+        "- training curves and times: `metrics.jsonl`\n- resolved configuration: `config.yaml`"
+    )
+
+
+def _finished(store: RunStore, count: int) -> list[int]:
+    present = [i for i in range(1, count + 1) if (store.folder / f"rounds/{i:04d}").is_dir()]
+    return [i for i in present if store.round(i).done("gates")]
+
+
+def _since(evaluation: Mapping[str, Any], other: str, name: str) -> str:
+    found = evaluation["against"][other]["change"][name]
+    return f"{change(found['difference'])} ({change(found['low'])} to {change(found['high'])})"
+
+
+def _shown(name: str) -> str:
+    return f"{name.removeprefix(AUDIT_PREFIX)} (audit)" if name.startswith(AUDIT_PREFIX) else name
+
+
+def _ordered(scores: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    # Reward first, audit last.
+    return sorted(
+        scores.items(), key=lambda s: (s[0] != "reward", s[0].startswith(AUDIT_PREFIX), s[0])
+    )
+
+
+def _record(store: RunStore, index: int, name: str) -> dict[str, Any]:
+    return _record_of(store.round(index), name)
+
+
+def _record_of(round: Any, name: str) -> dict[str, Any]:
+    def never() -> dict[str, Any]:
+        raise AssertionError(f"{name} is read before it was stored")
+
+    found: dict[str, Any] = round.record(name, never)
+    return found

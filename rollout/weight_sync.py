@@ -1,0 +1,228 @@
+"""Publish a policy version to a generator, and prove that it arrived.
+
+A stale generator is the field's most expensive silent bug, so after every publish three things are
+checked: the version and the SHA-256 that the generator says it loaded; the mean log-prob gap to
+the learner on probe completions; and, where old and new policy differ most, that the engine
+followed the change (slope near 1) rather than stayed (slope near 0).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rlhf.errors import ParityError
+from rlhf.files import atomic_folder, sha256_file
+from rlhf.learner import Learner
+from rlhf.protocols import Generator, Loaded, Published, Sampling
+from rlhf.types import Completion, Prompt
+
+Log = Callable[[dict[str, Any]], None]
+
+TOLERANCE = {"fp32": 0.002, "bf16": 0.08, "fp16": 0.04}
+"""Mean absolute log-prob gap a token, in nats: about twice the gap of a fresh engine."""
+
+FRESH_SLOPE = (0.5, 1.5)
+STALE_SLOPE = 0.25
+"""A stale engine has slope 0, a fresh one 1. Rounding a small update into bf16 weights blurs it: a
+slope between the two bounds is neither passed nor fatal."""
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 over the names and hashes of a folder's weight files, in name order."""
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    assert files, f"{folder} has no weights"
+    for file in files:
+        digest.update(f"{file.name} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+Verdict = Literal["pass", "fail", "indistinguishable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How well a generator follows the learner. Gaps are nats a token."""
+
+    gap: float
+    tolerance: float
+    change: float | None
+    """Mean |new - old| of the learner on the tokens the slope is taken from."""
+    slope: float | None
+    slope_error: float | None
+    """Standard error of the slope, from the engine's noise before the change."""
+    verdict: Verdict
+
+
+def parity(
+    engine: np.ndarray,
+    new: np.ndarray,
+    old: np.ndarray | None,
+    engine_old: np.ndarray | None,
+    tolerance: float,
+) -> Parity:
+    """Compare token log-probs, each of shape [tokens], of generator and learner.
+
+    gap = mean |engine - new|. On the quarter of tokens where |new - old| is largest,
+    slope = sum((engine - old)(new - old)) / sum((new - old)^2). Its standard error is
+    noise / sqrt(sum((new - old)^2)), noise being the larger of sd(engine_old - old) and the
+    residual's. Where six such errors span more than the step from stale to fresh, the two can't
+    be told apart, and that is said.
+    """
+    gap = float(np.abs(engine - new).mean())
+    good = bool(np.isfinite(gap)) and gap <= tolerance
+    if old is None or engine_old is None:
+        return Parity(gap, tolerance, None, None, None, "pass" if good else "fail")
+    most = np.argsort(-np.abs(new - old), kind="stable")[: max(1, len(new) // 4)]
+    change, followed = (new - old)[most], (engine - old)[most]
+    moved = float(np.abs(change).mean())
+    power = float((change**2).sum())
+    if not good or power == 0:
+        return Parity(
+            gap, tolerance, moved, None, None, "indistinguishable" if good else "fail"
+        )
+    slope = float((followed * change).sum() / power)
+    noise = max((engine_old - old).std(), (followed - slope * change).std())
+    error = float(noise / np.sqrt(power))
+    return Parity(gap, tolerance, moved, slope, error, _follows(slope, error))
+
+
+def _follows(slope: float, error: float) -> Verdict:
+    if 6 * error > 1:
+        return "indistinguishable"
+    if slope < STALE_SLOPE:
+        return "fail"
+    return "pass" if FRESH_SLOPE[0] <= slope <= FRESH_SLOPE[1] else "indistinguishable"
+
+
+def check_loaded(published: Published, loaded: Loaded) -> None:
+    """Raises ParityError unless the generator loaded what was published."""
+    if (loaded.version, loaded.sha256) != (published.version, published.sha256):
+        raise ParityError(
+            f"published version {published.version} (SHA-256 {published.sha256[:12]}), but the "
+            f"generator serves version {loaded.version} ({loaded.sha256[:12]})"
+        )
+
+
+class Serving:
+    """A generator and the version it serves. The engine starts when a version is first asked for.
+
+    The learner must hold no unsaved training when a version is asked for: it is restored from the
+    stored policy, so that what is served is what was stored.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Generator],
+        learner: Learner,
+        kind: str,
+        folder: Path,
+        probes: Sequence[Prompt],
+        log: Log,
+    ) -> None:
+        self._build = build
+        self._learner = learner
+        self._kind = kind
+        self._folder = folder
+        self._prompts = probes
+        self._log = log
+        self._generator: Generator | None = None
+        self._version: int | None = None
+        self._probes: list[Completion] = []
+        self._old: np.ndarray | None = None
+        self._engine_old: np.ndarray | None = None
+
+    def at(self, version: int, policy: Path | None) -> Generator:
+        """The generator serving `version`, whose stored policy is `policy` (None: the start).
+
+        Raises ParityError, with the numbers, if it does not.
+        """
+        if self._generator is None:
+            self._generator = self._build()
+        if self._version != version:
+            self._publish(self._generator, version, policy)
+        return self._generator
+
+    def sleep(self) -> None:
+        """The learner needs the device."""
+        if self._generator is not None:
+            self._generator.sleep()
+
+    def wake(self) -> None:
+        """The generator may have the device again; what it serves is checked."""
+        if self._generator is None:
+            return
+        loaded = self._generator.wake()
+        if loaded is not None and loaded.version != self._version:
+            raise ParityError(
+                f"the generator slept with version {self._version} and woke with {loaded.version}"
+            )
+
+    def close(self) -> None:
+        """Free the engine and the published copy."""
+        if self._generator is not None:
+            self._generator.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _publish(self, generator: Generator, version: int, policy: Path | None) -> None:
+        self._learner.policy.restore(policy)
+        published = self._write(version)
+        loaded = generator.load(published)
+        check_loaded(published, loaded)
+        if not self._probes:
+            self._probes = self._sample(generator)
+        engine = _flat(generator.logps(self._probes))
+        new = _flat(self._learner.logps(self._probes))
+        result = parity(engine, new, self._old, self._engine_old, self._tolerance)
+        self._log({"version": version, **asdict(result)})
+        if result.verdict == "fail":
+            raise ParityError(_explain(version, result))
+        self._version, self._old, self._engine_old = version, new, engine
+
+    def _write(self, version: int) -> Published:
+        path = self._folder / f"version-{version:04d}"
+        with atomic_folder(path) as staging:
+            if self._kind == "adapter":
+                self._learner.policy.save(staging, "A version on its way to a generator.\n")
+            else:
+                self._learner.policy.save_merged(staging)
+        for other in self._folder.iterdir():
+            if other != path:
+                shutil.rmtree(other)
+        return Published(version, path, self._kind, weights_sha256(path))
+
+    def _sample(self, generator: Generator) -> list[Completion]:
+        config = self._learner.config
+        count = config.rollout.parity_completions
+        sampling = Sampling(1, 1.0, 1.0, min(64, config.rollout.max_new_tokens), config.run.seed)
+        return generator.generate(self._prompts[:count], sampling)
+
+    @property
+    def _tolerance(self) -> float:
+        config = self._learner.config
+        return config.rollout.parity_tolerance or TOLERANCE[config.model.precision]
+
+
+def _flat(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    return np.array([value for row in rows for value in row], dtype=np.float64)
+
+
+def _explain(version: int, result: Parity) -> str:
+    slope = (
+        ""
+        if result.slope is None
+        else f"; slope {result.slope:.2f} +- {result.slope_error:.2f} (1 fresh, 0 stale, "
+        f"below {STALE_SLOPE} fails) where the policy moved by {result.change:.3f} nats"
+    )
+    return (
+        f"the generator does not serve version {version}: mean log-prob gap to the learner "
+        f"{result.gap:.4f} nats a token, {result.tolerance} allowed (rollout.parity_tolerance)"
+        f"{slope}"
+    )
