@@ -1,0 +1,1 @@
+"""Doors and wiring: the command line, and the only place that knows where things run."""

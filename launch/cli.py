@@ -1,0 +1,222 @@
+"""The `pairloop` command. What is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+
+from launch import shadow
+
+if TYPE_CHECKING:
+    from rlhf.config import RunConfig
+
+HELP = """On-policy preference optimisation whose data you can audit.
+
+Any setting can be given as a flag: --rollout.temperature 0.7. `pairloop config` lists them all."""
+
+EXIT_CODES = """Exit codes:
+  0   done; also when gates stopped it early with a promoted round
+      (status.json then says stopped_early)
+  1   unexpected error, or a failed internal check
+  2   bad input
+  3   no round could be promoted, or a data gate failed
+  75  interrupted; the same command goes on where it stopped
+  130 stopped from the keyboard"""
+
+Override = tuple[str, str]
+Overrides = Annotated[tuple[Override, ...], Parameter(parse=False)]
+Flag = Parameter(negative="")
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(shadow.DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "unknown (a source tree that is not installed)"
+
+
+app = App(
+    name="pairloop",
+    help=HELP,
+    help_epilogue=EXIT_CODES,
+    help_format="plaintext",
+    version=_version,
+)
+
+
+@app.command
+def train(
+    config: Path,
+    /,
+    *more: Path,
+    dry_run: Annotated[bool, Flag] = False,
+    plain: Annotated[bool, Flag] = False,
+    overrides: Overrides = (),
+) -> int:
+    """Run, or go on with, what a config describes.
+
+    Parameters
+    ----------
+    config
+        YAML file.
+    more
+        Further YAML files; later ones win, key by key.
+    dry_run
+        Print the resolved config and what would run where, and stop.
+    plain
+        Plain lines, no progress bars: --tracking.plain true.
+    """
+    return _start([config, *more], _with_plain(plain, overrides), dry_run=dry_run)
+
+
+@app.command
+def demo(
+    *,
+    transformers: Annotated[bool, Flag] = False,
+    out: Path | None = None,
+    dry_run: Annotated[bool, Flag] = False,
+    plain: Annotated[bool, Flag] = False,
+    overrides: Overrides = (),
+) -> int:
+    """Teach a small model to answer a support desk's questions, in minutes on two CPU cores.
+
+    Parameters
+    ----------
+    transformers
+        The smaller demo, which needs no vLLM.
+    out
+        Folder of the run; default runs/ and the preset's name.
+    dry_run
+        Print the resolved config and what would run where, and stop.
+    plain
+        Plain lines, no progress bars.
+    """
+    from launch.presets import path
+
+    if out is not None:
+        folder = out if out.name not in ("", "..") else out.resolve()
+        place = (("run.directory", str(folder.parent)), ("run.name", folder.name))
+        overrides = (*place, *overrides)
+    preset = path("demo_transformers" if transformers else "demo")
+    return _start([preset], _with_plain(plain, overrides), dry_run=dry_run)
+
+
+@app.command(name="config")
+def config_reference() -> int:
+    """Print every setting with its type, default and the reason for it."""
+    from rlhf import config_io
+
+    try:
+        print(config_io.describe(), end="", flush=True)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; keep Python's own flush at exit from failing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (`sys.argv` by default); the exit status, as `--help` lists them.
+
+    Unexpected exceptions pass through, with their traceback and Python's status 1.
+    """
+    try:
+        shadow.check()
+    except shadow.ShadowError as error:
+        return _fail(str(error), error.exit_status)
+    from rlhf.errors import PairloopError
+
+    try:
+        return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
+    except PairloopError as error:
+        return _fail(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _fail("stopped from the keyboard; the same command goes on", 130)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    rest, overrides = split_overrides(arguments)
+    try:
+        command, bound, unparsed = app.parse_args(rest, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        return _fail(_usage(error), 2)
+    if "overrides" in unparsed:
+        bound.arguments["overrides"] = tuple(overrides)
+    elif overrides and command is config_reference:
+        return _fail(f"unknown flag --{overrides[0][0]}: this command takes no settings", 2)
+    result = command(*bound.args, **bound.kwargs)
+    return result if isinstance(result, int) else 0
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
+    """Dotted flags apart from the rest: `--a.b V` and `--a.b=V`, up to a bare `--`.
+
+    >>> split_overrides(["train", "run.yaml", "--gates.max_drop=0.1", "--plain"])
+    (['train', 'run.yaml', '--plain'], [('gates.max_drop', '0.1')])
+
+    Raises InputError for a dotted flag without a value.
+    """
+    from rlhf.errors import InputError
+
+    rest: list[str] = []
+    overrides: list[Override] = []
+    left = iter(arguments)
+    for token in left:
+        if token == "--":
+            return [*rest, token, *left], overrides
+        dotted = re.match(r"--([^=\s]*\.[^=\s]*)(?:=(.*))?\Z", token, re.DOTALL)
+        if dotted is None:
+            rest.append(token)
+            continue
+        key, value = dotted.groups()
+        if value is None:
+            value = next(left, None)
+            if value is None or value.startswith("--"):
+                found = "nothing" if value is None else value
+                raise InputError(f"--{key} needs a value, found {found}; write --{key}=VALUE")
+        overrides.append((key, value))
+    return rest, overrides
+
+
+def _with_plain(plain: bool, overrides: Sequence[Override]) -> list[Override]:
+    return [("tracking.plain", "true"), *overrides] if plain else list(overrides)
+
+
+def _start(paths: Sequence[Path], overrides: Sequence[Override], *, dry_run: bool) -> int:
+    from rlhf import config_io
+
+    config: RunConfig = config_io.load(paths, overrides)
+    if dry_run:
+        from launch.placement import plan
+
+        print(config_io.dump(config))
+        print(plan(config))
+        return 0
+    from launch.local import train as run
+
+    return run(config)
+
+
+def _usage(error: CycloptsError) -> str:
+    """The message, with the setting that a flag without its section was meant to be."""
+    message = str(error).strip()
+    if isinstance(error, UnknownOptionError) and "Did you mean" not in message and error.token:
+        from rlhf.config_io import suggest
+
+        flag = (error.token.keyword or error.token.value).split("=")[0].lstrip("-")
+        near = suggest(flag)
+        if near:
+            message += f" Did you mean {' or '.join(f'--{name}' for name in near)}?"
+    return f"{message} `pairloop --help` says more."
+
+
+def _fail(message: str, status: int) -> int:
+    print("error: " + message.replace("\n", "\n       "), file=sys.stderr)
+    return status

@@ -1,0 +1,184 @@
+"""Everything in one process: build the parts, run the loop, say how it ended."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+
+from launch.placement import Plan, find
+from launch.terminal import Terminal
+from rlhf.config import RunConfig
+from rlhf.errors import DataGateError, Interrupted, PairloopError
+from rlhf.interrupts import Interrupts
+from rlhf.protocols import Generator
+from rlhf.rounds import RunStore
+from rlhf.types import scores_table
+from rollout.imports import resolve_path
+from rollout.judges.panel import build, check_abstentions, score_all
+from rollout.prompts import Pools, load_pools, prompt_table, sample_round
+
+
+def train(config: RunConfig) -> int:
+    """Run the loop to its end; the exit status (see `pairloop --help`).
+
+    Raises PairloopError: bad input, a data gate, a failed check, or an interruption.
+    """
+    terminal = Terminal(config.tracking.plain)
+    plan = find(config)
+    panel = build(config.judges.panel, "judges.panel")
+    audit = build(config.judges.audit, "judges.audit")
+    with Interrupts() as interrupts, RunStore.open(config) as store:
+        terminal.say(f"run {store.folder}: {plan.engine} on {plan.device}, weights {plan.sync}")
+        try:
+            with _wired(config, plan, store, (panel, audit), terminal, interrupts) as parts:
+                from rlhf.online_dpo import run
+
+                outcome = run(config, store, parts)
+        except Interrupted as error:
+            store.status("interrupted", reason=str(error))
+            raise
+        except PairloopError as error:
+            store.status("failed", reason=str(error))
+            _summarise(store, config, error)
+            raise
+        terminal.say(f"{outcome.state.replace('_', ' ')}: {outcome.reason}")
+        terminal.say(f"summary: {store.folder / 'summary.md'}")
+        if outcome.best_round is None:
+            return DataGateError.exit_status
+        best = store.folder / f"rounds/{outcome.best_round:04d}/policy"
+        terminal.say(f"best policy: {best}")
+        return 0
+
+
+class _wired:
+    """The parts of a run; frees the generator at the end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        store: RunStore,
+        judges: tuple[Sequence[Any], Sequence[Any]],
+        terminal: Terminal,
+        interrupts: Interrupts,
+    ) -> None:
+        from rlhf.learner import Learner
+        from rlhf.online_dpo import Parts
+        from rlhf.policy import Policy, load_tokenizer, materialise, prompt_encoder
+        from rollout.weight_sync import Serving
+
+        path = materialise(str(resolve_path(config.model.path)) if _is_file(config) else (
+            config.model.path
+        ))
+        pools = load_pools(
+            config.prompts, config.run.seed, prompt_encoder(load_tokenizer(config.model, path))
+        )
+        terminal.say(_counted(pools))
+        policy = Policy(config.model, path, plan.device, config.run.seed)
+        learner = Learner(policy, config)
+        self.serving = Serving(
+            lambda: _generator(config, plan, policy, pools),
+            learner,
+            plan.sync,
+            store.folder / "published",
+            pools.train,
+            lambda found: terminal.say(_parity_line(found)),
+        )
+        panel, audit = judges
+
+        def score(items: Any, audited: bool) -> pl.DataFrame:
+            return scores_table(score_all([*panel, *(audit if audited else ())], items))
+
+        self.parts = Parts(
+            serving=self.serving,
+            learner=learner,
+            sample=lambda index: sample_round(
+                pools.train, index - 1, config.rounds.prompts_per_round, config.run.seed
+            ),
+            gate=pools.gate,
+            final=pools.final,
+            score=score,
+            check_scores=lambda table: check_abstentions(table, config.judges.max_abstention),
+            prompt_table=prompt_table,
+            reporter=terminal,
+            interrupts=interrupts,
+        )
+
+    def __enter__(self) -> Any:
+        return self.parts
+
+    def __exit__(self, *_: object) -> None:
+        self.serving.close()
+
+
+def _generator(config: RunConfig, plan: Plan, policy: Any, pools: Pools) -> Generator:
+    rollout = config.rollout
+    if plan.engine == "transformers":
+        from rollout.transformers_generator import TransformersGenerator
+
+        return TransformersGenerator(
+            policy.path,
+            policy.tokenizer,
+            policy.stop_ids,
+            policy.dtype,
+            plan.device,
+            rollout.max_concurrency,
+        )
+    from rollout.vllm_generator import EngineOptions, VllmGenerator
+
+    longest = max(len(p.token_ids) for p in (*pools.train, *pools.gate, *pools.final))
+    return VllmGenerator(
+        EngineOptions(
+            base=policy.path,
+            tokenizer=policy.path,
+            dtype=policy.dtype,
+            device=plan.device,
+            quantised=config.model.tuning == "qlora",
+            lora_rank=config.model.lora.rank,
+            # One more: scoring a full-length sequence asks the engine for one token.
+            max_length=longest + rollout.max_new_tokens + 1,
+            max_concurrency=rollout.max_concurrency,
+            memory_gib=rollout.memory_gib,
+            gpu_memory_share=rollout.gpu_memory_share,
+            seed=config.run.seed,
+            stop_ids=policy.stop_ids,
+        )
+    )
+
+
+def _is_file(config: RunConfig) -> bool:
+    return config.model.path.startswith("package:") or os.path.exists(config.model.path)
+
+
+def _counted(pools: Pools) -> str:
+    shown = [
+        f"{split} {c['kept']} ({c['clusters']} clusters; dropped {c['duplicates']} duplicates, "
+        f"{c['too_long']} too long)"
+        for split, c in pools.counts.items()
+    ]
+    return "prompts: " + "; ".join(shown)
+
+
+def _parity_line(found: dict[str, Any]) -> str:
+    slope = "" if found["slope"] is None else f", slope {found['slope']:.2f}"
+    said = {
+        "pass": "parity holds",
+        "fail": "PARITY FAILS",
+        "indistinguishable": "fresh and stale can't be told apart by log-probs (version and "
+        "checksum agree)",
+    }
+    return (
+        f"published version {found['version']}: {said[found['verdict']]}, gap "
+        f"{found['gap']:.4f} nats a token{slope}"
+    )
+
+
+def _summarise(store: RunStore, config: RunConfig, error: PairloopError) -> None:
+    from rlhf.summary import write_summary
+
+    # What was found before the failure is worth reading; a full disk must not hide the failure.
+    if isinstance(error, DataGateError):
+        write_summary(store, config)

