@@ -99,7 +99,7 @@ def test_every_split_has_every_category() -> None:
 
 def test_prompts_are_short() -> None:
     for record in RECORDS:
-        assert sum(len(m["content"].split()) for m in record["messages"]) <= 130
+        assert sum(len(m["content"].split()) for m in record["messages"]) <= 160
         assert len(record["reference"].split()) <= 40
 
 

@@ -23,6 +23,20 @@ SYSTEM: Final = (
     "three plain sentences: give the asked fact, say what to do, and offer further help."
 )
 
+# One answered question shows a small model the form; its facts are of no article.
+EXAMPLE: Final = (
+    {
+        "role": "user",
+        "content": "Passage: A new remote costs £9. Order it under Shop in the app.\n\n"
+        "Question: how much is a remote",
+    },
+    {
+        "role": "assistant",
+        "content": "A new remote costs £9. You can order it under Shop in the app. "
+        "Let us know if you need more help.",
+    },
+)
+
 
 def load_articles() -> list[dict[str, Any]]:
     """Every article of every category file, in file order; the file's name is the category.
@@ -54,6 +68,7 @@ def _record(article: dict[str, Any], number: int, question: dict[str, Any]) -> d
         "prompt_id": f"{article['id']}-{number}",
         "messages": [
             {"role": "system", "content": SYSTEM},
+            *EXAMPLE,
             {"role": "user", "content": f"Passage: {passage}\n\nQuestion: {question['ask']}"},
         ],
         "context": passage,
