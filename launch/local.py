@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from launch.placement import Plan, find
+from launch.quiet import hush, hush_transformers
 from launch.terminal import Terminal
 from rlhf.config import RunConfig
 from rlhf.errors import DataGateError, Interrupted, PairloopError
@@ -26,6 +27,7 @@ def train(config: RunConfig) -> int:
 
     Raises PairloopError: bad input, a data gate, a failed check, or an interruption.
     """
+    hush()
     terminal = Terminal(config.tracking.plain)
     plan = find(config)
     panel = build(config.judges.panel, "judges.panel")
@@ -70,6 +72,7 @@ class _wired:
         from rlhf.policy import Policy, load_tokenizer, materialise, prompt_encoder
         from rollout.weight_sync import Serving
 
+        hush_transformers()
         path = materialise(str(resolve_path(config.model.path)) if _is_file(config) else (
             config.model.path
         ))
@@ -103,6 +106,7 @@ class _wired:
             score=score,
             check_scores=lambda table: check_abstentions(table, config.judges.max_abstention),
             prompt_table=prompt_table,
+            counts=pools.counts,
             reporter=terminal,
             interrupts=interrupts,
         )

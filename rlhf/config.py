@@ -6,7 +6,7 @@ The YAML sections are the fields of `RunConfig`. Loading, merging and overriding
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -105,8 +105,11 @@ class Prompts(Section):
     """Three pools that share no cluster: training, gates each round, the final claim."""
 
     train: PromptSource
+    """Prompts that are sampled and trained on."""
     gate: PromptSource
+    """Prompts scored every round; they decide promotion."""
     final: PromptSource
+    """Prompts scored once, at the end."""
     system: str | None = None
     """System message put before plain-text prompts."""
     template: str = "{prompt}"
@@ -181,7 +184,9 @@ class Judges(Section):
     """Who scores completions. `audit` judges train nothing: they show gains made by gaming."""
 
     panel: Annotated[list[JudgeSpec], Field(min_length=1)]
+    """Judges whose scores train; one a dimension."""
     audit: list[JudgeSpec] = []
+    """Judges that only watch: they score held-out answers."""
     max_abstention: Share = 0.05
     """A larger share of missing scores in any dimension stops the round."""
 
@@ -315,6 +320,9 @@ class Gates(Section):
     rule: Literal["interval", "point"] = "interval"
     """`interval`: pass if the 95% interval's lower end is above -max_drop, fail if its upper end
     is below 0 and the point below -max_drop, else inconclusive. `point`: the point alone."""
+    max_kl: Annotated[float, Field(gt=0)] | None = None
+    """Largest KL to the start, in nats a sequence; needed with rounds.reference round_start, where
+    the leash moves with the policy."""
     on_inconclusive: Literal["promote", "stop"] = "stop"
     """Too few prompts to tell. `stop` trusts nothing unproved; `promote` suits small gate splits,
     since each round is compared with the best so far and a slow decay adds up until it shows."""
@@ -355,7 +363,6 @@ class RunConfig(Section):
     placement: Placement = Placement()
     tracking: Tracking = Tracking()
 
-
     @model_validator(mode="after")
     def _dimensions_known(self) -> RunConfig:
         scored = self.judges.dimensions
@@ -371,6 +378,11 @@ class RunConfig(Section):
                     f"{field} names {unknown}, which no judge in judges.panel scores; "
                     f"scored are {list(scored)}"
                 )
+        if self.rounds.reference == "round_start" and self.gates.max_kl is None:
+            raise ValueError(
+                "rounds.reference round_start needs gates.max_kl: its leash moves with the policy, "
+                "so drift from the start must be bounded by a gate"
+            )
         if not self.weights:
             raise ValueError(
                 f"selection.weights must be given: judges score {list(scored)}, "

@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from scipy import stats
+
 from rlhf.config import Gates
 from rlhf.errors import InputError
 from rlhf.statistics import false_stop_rate
 
 Outcome = Literal["pass", "fail", "inconclusive"]
+DRIFT = "kl to the start"
+NORMAL_975 = float(stats.norm.ppf(0.975))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,23 @@ def decide(gates: Sequence[Gate], on_inconclusive: Literal["promote", "stop"]) -
     return Verdict(promoted, tuple(gates), reason + ".")
 
 
+def drift_gate(kl: Mapping[str, Any], max_kl: float, rule: Literal["interval", "point"]) -> Gate:
+    """Whether KL(policy || start), in nats a sequence, stays below `max_kl`.
+
+    `kl` has the mean over fresh samples and its standard error (None for a single sample). Pass if
+    the 95% interval lies below max_kl, fail if above, else inconclusive; `point` looks at the mean
+    alone.
+    """
+    value = float(kl["kl"])
+    half = NORMAL_975 * _bounded(kl["standard_error"], math.inf)
+    verdict: Outcome = "inconclusive"
+    if (value if rule == "point" else value + half) <= max_kl:
+        verdict = "pass"
+    elif (value if rule == "point" else value - half) > max_kl:
+        verdict = "fail"
+    return Gate(DRIFT, value, value - half, value + half, max_kl, half, verdict, rule, None)
+
+
 def _gate(name: str, change: Mapping[str, Any], config: Gates) -> Gate:
     value, se = float(change["difference"]), _bounded(change["se"], math.inf)
     low, high = _bounded(change["low"], -math.inf), _bounded(change["high"], math.inf)
@@ -121,6 +142,9 @@ def _bounded(value: float | None, unbounded: float) -> float:
 
 def _sentence(gate: Gate) -> str:
     interval = f"95% interval {gate.low:+.3f} to {gate.high:+.3f}"
+    if gate.name == DRIFT:
+        allowed = f"{gate.threshold:.3f} nats a sequence allowed"
+        return f"{gate.name} is {gate.value:.3f} ({interval}), {allowed}: {gate.verdict}"
     changed = f"{gate.name} changed by {gate.value:+.3f} ({interval})"
     drop = -gate.threshold
     if gate.rule == "point":

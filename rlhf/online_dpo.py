@@ -25,7 +25,7 @@ import polars as pl
 from rlhf.config import RunConfig
 from rlhf.errors import DataGateError, InputError
 from rlhf.evaluation import compare, per_prompt, summarise
-from rlhf.gates import decide, judge_gates
+from rlhf.gates import decide, drift_gate, judge_gates
 from rlhf.interrupts import Interrupts
 from rlhf.learner import Learner
 from rlhf.metrics import Metrics
@@ -53,6 +53,8 @@ class Parts:
     check_scores: Callable[[pl.DataFrame], None]
     """Raises DataGateError where judges abstained too often."""
     prompt_table: Callable[[Sequence[Prompt]], pl.DataFrame]
+    counts: Mapping[str, Mapping[str, int]]
+    """What became of the prompts that were read, per split."""
     reporter: Reporter
     interrupts: Interrupts
 
@@ -76,6 +78,7 @@ def run(config: RunConfig, store: RunStore, parts: Parts) -> Outcome:
     do = Stages(config, store, parts)
     _refuse_more_rounds(config, store)
     store.status("running")
+    store.round(0).record("prompts", lambda: dict(parts.counts))
     do.evaluate(store.round(0), version=0)
     promoted: list[int] = []
     outcome: Outcome | None = None
@@ -200,7 +203,7 @@ class Stages:
                 completions, scores, self.parts.prompt_table(prompts), self.rules
             )
 
-        with self._timed(round, "select") as note:
+        with self._timed(round, "pairs") as note:
             funnel = round.record("funnel", lambda: selected().funnel)
             pairs = round.table("pairs", lambda: selected().pairs)
             note["pairs"] = pairs.height
@@ -230,7 +233,7 @@ class Stages:
             return
         self.parts.serving.sleep()
         learner.policy.restore(before)
-        with self._timed(round, "reference"):
+        with self._timed(round, "reference_logps"):
             reference = round.table("reference_logps", lambda: learner.reference_logps(pairs))
         planned = learner.plan(pairs.height)
         logged = False
@@ -257,7 +260,7 @@ class Stages:
             learner.policy.save(folder, model_card(self.config, index, pairs))
 
         with (
-            self._timed(round, "training") as note,
+            self._timed(round, "training", "policy") as note,
             self.parts.reporter.progress(f"{_title(round)} train", planned) as advance,
         ):
             round.folder("policy", compute)
@@ -283,6 +286,9 @@ class Stages:
         def compute() -> dict[str, Any]:
             change = compare(self._table(round), self._table(self.store.round(best)), *self._draws)
             gates = judge_gates(change, self.config.gates, self.config.gated)
+            if self.config.gates.max_kl is not None:
+                kl = round.record("kl", _never)
+                gates.append(drift_gate(kl, self.config.gates.max_kl, self.config.gates.rule))
             verdict = decide(gates, self.config.gates.on_inconclusive)
             return {**asdict(verdict), "against": best}
 
@@ -404,21 +410,18 @@ class Stages:
         return self.config.evaluation.bootstrap, self.config.run.seed
 
     @contextmanager
-    def _timed(self, round: Round, name: str) -> Iterator[dict[str, Any]]:
-        """Log a stage's seconds, unless all of it was stored before."""
+    def _timed(
+        self, round: Round, name: str, artifact: str | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Log a stage's seconds, unless what it makes (`artifact`, else `name`) was stored."""
         note: dict[str, Any] = {}
-        stored = round.done(name)
+        stored = round.done(artifact or name)
         started = time.perf_counter()
         yield note
         if not stored:
-            seconds = round_seconds(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
             self.metrics.rewind(round.index, name)
             self.metrics.log(round.index, name, 1, {"seconds": seconds, **note})
-
-
-def round_seconds(seconds: float) -> float:
-    """Milliseconds are enough for a log."""
-    return float(f"{seconds:.3f}")
 
 
 def _refuse_more_rounds(config: RunConfig, store: RunStore) -> None:

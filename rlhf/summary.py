@@ -63,6 +63,8 @@ def write_summary(store: RunStore, config: RunConfig) -> None:
     rounds = _finished(store, config.rounds.count)
     if rounds:
         parts += ["## Rounds on the gate split", _rounds(store, rounds)]
+    if store.round(0).done("prompts"):
+        parts += ["## Prompts", _prompts(_record(store, 0, "prompts"))]
     for index in rounds:
         parts += [f"## Round {index}", _one_round(store, index)]
     parts += ["## Where things are", _places(status)]
@@ -151,16 +153,25 @@ def _rounds(store: RunStore, rounds: Sequence[int]) -> str:
     return markdown_table(rows)
 
 
+def _prompts(counts: Mapping[str, Mapping[str, int]]) -> str:
+    return markdown_table(
+        [
+            {"split": split, **{name.replace("_", " "): str(n) for name, n in found.items()}}
+            for split, found in counts.items()
+        ]
+    )
+
+
 def _one_round(store: RunStore, index: int) -> str:
     gates = _record(store, index, "gates")
     funnel = _record(store, index, "funnel")
     gate_rows = [
         {
             "gate": gate["name"],
-            f"change against round {gates['against']}": change(gate["value"]),
+            f"value (change against round {gates['against']})": change(gate["value"]),
             "95% interval": f"{change(gate['low'])} to {change(gate['high'])}",
-            "may not fall below": change(gate["threshold"]),
-            "smallest detectable drop": number(gate["smallest_detectable"]),
+            "threshold": change(gate["threshold"]),
+            "smallest detectable": number(gate["smallest_detectable"]),
             "verdict": gate["verdict"]
             + (
                 ""
