@@ -112,10 +112,10 @@ def demo(
 @app.command(name="config")
 def config_reference() -> int:
     """Print every setting with its type, default and the reason for it."""
-    from rlhf import config_io
+    from rlhf.config_help import describe
 
     try:
-        print(config_io.describe(), end="", flush=True)
+        print(describe(), end="", flush=True)
     except BrokenPipeError:
         # The reader (head, less) has seen enough; keep Python's own flush at exit from failing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -208,7 +208,7 @@ def _usage(error: CycloptsError) -> str:
     """The message, with the setting that a flag without its section was meant to be."""
     message = str(error).strip()
     if isinstance(error, UnknownOptionError) and "Did you mean" not in message and error.token:
-        from rlhf.config_io import suggest
+        from rlhf.config_help import suggest
 
         flag = (error.token.keyword or error.token.value).split("=")[0].lstrip("-")
         near = suggest(flag)

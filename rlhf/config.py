@@ -1,7 +1,7 @@
 """Every setting once: typed, with its default, the reason for it, and the rule it must keep.
 
 The YAML sections are the fields of `RunConfig`. Loading, merging and overriding live in
-`rlhf.config_io`; nothing else reads YAML. `describe()` there prints what is written here.
+`rlhf.config_io`; nothing else reads YAML. `rlhf.config_help` prints what is written here.
 """
 
 from __future__ import annotations

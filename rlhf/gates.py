@@ -96,10 +96,12 @@ def drift_gate(kl: Mapping[str, Any], max_kl: float, rule: Literal["interval", "
 
     `kl` has the mean over fresh samples and its standard error (None for a single sample). Pass if
     the 95% interval lies below max_kl, fail if above, else inconclusive; `point` looks at the mean
-    alone.
+    alone. Raises ValueError on NaN.
     """
     value = float(kl["kl"])
     half = NORMAL_975 * _bounded(kl["standard_error"], math.inf)
+    if math.isnan(value) or math.isnan(half):
+        raise ValueError(f"the KL to the start holds NaN: {dict(kl)}")
     verdict: Outcome = "inconclusive"
     if (value if rule == "point" else value + half) <= max_kl:
         verdict = "pass"

@@ -13,12 +13,22 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import polars as pl
 
 from rlhf.config import ColdStart, RunConfig
 from rlhf.errors import DataGateError
+from rlhf.funnel import (
+    Constraints,
+    Step,
+    count_steps,
+    failed_completions,
+    failed_pairs,
+    is_score,
+    kept_pairs,
+    unusable_scores,
+)
 from rlhf.types import pairs_schema
 
 _KEY = ["prompt_id", "sample"]
@@ -75,19 +85,6 @@ class Selected:
     funnel: dict[str, Any]
 
 
-class _Step(NamedTuple):
-    """One constraint: what it is called, why an answer falls, what holds for those that stay."""
-
-    name: str
-    why: str
-    holds: pl.Expr
-
-    @property
-    def flag(self) -> str:
-        """Column that holds its outcome."""
-        return f"holds {self.name}"
-
-
 def score_wide(scores: pl.DataFrame, dimensions: Sequence[str]) -> pl.DataFrame:
     """Scores (schema `SCORES`) with one row an answer: prompt_id, sample, a column per dimension.
 
@@ -105,7 +102,7 @@ def score_wide(scores: pl.DataFrame, dimensions: Sequence[str]) -> pl.DataFrame:
             f"prompt {row['prompt_id']!r} sample {row['sample']} has two scores of "
             f"{row['dimension']!r}; one judge a dimension may score it"
         )
-    value = pl.when(_is_score()).then("score")
+    value = pl.when(is_score()).then("score")
     return (
         scores.group_by(_KEY)
         .agg(value.filter(pl.col("dimension") == d).first().alias(d) for d in dimensions)
@@ -144,30 +141,37 @@ def select_pairs(
     """
     _check(completions, scores, prompts)
     candidates = _candidates(completions, scores, rules)
-    pair_steps = _pair_steps(rules)
+    constraints = Constraints(_chosen_steps(rules), _pair_steps(rules))
     best, best_and_worst, kept, failed = [], 0, [], []
     for chunk in _chunks(candidates, completions):
         pairs = _joined(chunk.filter("eligible"), chunk.filter("usable")).with_columns(
-            step.holds.alias(step.flag) for step in pair_steps
+            step.holds.alias(step.flag) for step in constraints.pair
         )
-        best.append(_largest(pairs.filter(pl.all_horizontal(s.flag for s in pair_steps))))
-        best_and_worst += _best_against_worst(chunk, pair_steps)
-        kept.append(_kept_pairs(pairs, pair_steps))
-        failed.append(_failed_pairs(pairs, pair_steps))
+        best.append(_largest(pairs.filter(pl.all_horizontal(s.flag for s in constraints.pair))))
+        best_and_worst += _best_against_worst(chunk, constraints.pair)
+        kept.append(kept_pairs(pairs, constraints.pair))
+        failed.append(failed_pairs(pairs, constraints.pair))
     about = prompts.select("prompt_id", "category", "cluster", "prompt")
     admissible = pl.concat(best).join(about, on="prompt_id", how="left")
     capped = _capped(admissible, rules.max_pairs)
     funnel = {
-        "steps": _steps(candidates, pl.concat(kept).sum(), admissible.height, capped.height, rules),
+        "steps": count_steps(
+            candidates,
+            pl.concat(kept).sum(),
+            constraints,
+            admissible.height,
+            capped.height,
+            rules.max_pairs,
+        ),
         "alone": {
-            "completions": _failed_completions(candidates, rules),
+            "completions": failed_completions(candidates, constraints.chosen),
             "pairs": pl.concat(failed).sum().row(0, named=True),
         },
         "yield": {
             "largest_admissible": admissible.height,
             "best_and_worst_then_filter": best_and_worst,
         },
-        "unusable_scores": _unusable_scores(scores, rules.needed, completions.height),
+        "unusable_scores": unusable_scores(scores, rules.needed, completions.height),
     }
     return Selected(_pairs_table(capped, completions, rules), funnel)
 
@@ -240,11 +244,6 @@ def _check(completions: pl.DataFrame, scores: pl.DataFrame, prompts: pl.DataFram
             raise ValueError(f"{rows.height} rows {fault}, first: {rows['prompt_id'].min()!r}")
 
 
-def _is_score() -> pl.Expr:
-    in_range = pl.col("score").is_finite() & pl.col("score").is_between(0, 1)
-    return (~pl.col("abstained") & in_range).fill_null(False)
-
-
 def _candidates(completions: pl.DataFrame, scores: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     """One light row a completion, sorted by prompt and sample; `row` points into `completions`.
 
@@ -273,26 +272,26 @@ def _candidates(completions: pl.DataFrame, scores: pl.DataFrame, rules: Rules) -
     )
 
 
-def _chosen_steps(rules: Rules) -> list[_Step]:
+def _chosen_steps(rules: Rules) -> list[Step]:
     """What a chosen answer must satisfy by itself, in order."""
     complete = pl.lit(True) if rules.allow_truncated_chosen else pl.col("complete")
     floors = [
-        _Step(f"floor {d}", f"{d} below {floor:g}", _score(d) >= round(floor, _DECIMALS))
+        Step(f"floor {d}", f"{d} below {floor:g}", _score(d) >= round(floor, _DECIMALS))
         for d, floor in sorted(rules.floors.items())
     ]
     return [
-        _Step("non-empty", "no text or no tokens", pl.col("filled")),
-        _Step("scored", f"no score of one of {', '.join(rules.needed)}", pl.col("scored")),
-        _Step("complete", "cut off, which may be rejected but not chosen", complete),
+        Step("non-empty", "no text or no tokens", pl.col("filled")),
+        Step("scored", f"no score of one of {', '.join(rules.needed)}", pl.col("scored")),
+        Step("complete", "cut off, which may be rejected but not chosen", complete),
         *floors,
     ]
 
 
-def _pair_steps(rules: Rules) -> list[_Step]:
+def _pair_steps(rules: Rules) -> list[Step]:
     """What chosen and rejected must satisfy together, in order."""
     differ = (pl.col("text_c") != pl.col("text_r")) & (pl.col("ids_c") != pl.col("ids_r"))
     protected = [
-        _Step(
+        Step(
             f"protected {d}",
             f"{d} more than {epsilon:g} below that of the answer it would be preferred to",
             (_score(d, "_c") - _score(d, "_r")).round(_DECIMALS) >= -round(epsilon, _DECIMALS),
@@ -301,9 +300,9 @@ def _pair_steps(rules: Rules) -> list[_Step]:
     ]
     margin = pl.col("margin")
     return [
-        _Step("different answer", "no other usable answer, or only the same one", differ),
+        Step("different answer", "no other usable answer, or only the same one", differ),
         *protected,
-        _Step(
+        Step(
             "margin",
             f"reward not larger, or by less than {rules.min_margin:g}",
             (margin > 0) & (margin >= round(rules.min_margin, _DECIMALS)),
@@ -369,7 +368,7 @@ def _largest(pairs: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _best_against_worst(chunk: pl.DataFrame, pair_steps: Sequence[_Step]) -> int:
+def _best_against_worst(chunk: pl.DataFrame, pair_steps: Sequence[Step]) -> int:
     """Prompts whose highest- and lowest-reward usable answers happen to satisfy everything."""
     best, worst = (
         chunk.filter("usable")
@@ -422,78 +421,3 @@ def _pairs_table(best: pl.DataFrame, completions: pl.DataFrame, rules: Rules) ->
             )
         ),
     ).select(pl.col(name).cast(dtype) for name, dtype in schema.items())
-
-
-def _kept_pairs(pairs: pl.DataFrame, steps: Sequence[_Step]) -> pl.DataFrame:
-    """One row: for each step, chosen answers and prompts with a pair that holds up to there."""
-    flags = [step.flag for step in steps]
-    chosen = pairs.group_by("row_c").agg(
-        pl.col("p").first(),
-        *(pl.all_horizontal(flags[: i + 1]).any().alias(f) for i, f in enumerate(flags)),
-    )
-    return chosen.select(
-        *(pl.col(f).sum().cast(pl.Int64).alias(f"completions {f}") for f in flags),
-        *(pl.col("p").filter(f).n_unique().cast(pl.Int64).alias(f"prompts {f}") for f in flags),
-    )
-
-
-def _failed_pairs(pairs: pl.DataFrame, steps: Sequence[_Step]) -> pl.DataFrame:
-    """One row: pairs whose eligible answer has no smaller reward, and how many fail each step."""
-    ahead = pairs.filter(pl.col("margin") >= 0)
-    return ahead.select(
-        pl.len().cast(pl.Int64).alias("considered"),
-        *((~pl.col(step.flag)).sum().cast(pl.Int64).alias(step.name) for step in steps),
-    )
-
-
-def _failed_completions(candidates: pl.DataFrame, rules: Rules) -> dict[str, int]:
-    """How many of all completions fail each step; a floor is not failed where no score is."""
-    return candidates.select(
-        pl.len().alias("considered"),
-        *((~step.holds).sum().alias(step.name) for step in _chosen_steps(rules)),
-    ).row(0, named=True)
-
-
-def _steps(
-    candidates: pl.DataFrame, kept: pl.DataFrame, admissible: int, capped: int, rules: Rules
-) -> list[dict[str, Any]]:
-    """The funnel in order: chosen answers and prompts left after each step, and why others fell."""
-    rows = [("generated", "", candidates.height, candidates["prompt_id"].n_unique())]
-    for step in _chosen_steps(rules):
-        candidates = candidates.filter(step.holds)
-        rows.append((step.name, step.why, candidates.height, candidates["prompt_id"].n_unique()))
-    counts = kept.row(0, named=True)
-    rows += [
-        (s.name, s.why, counts[f"completions {s.flag}"], counts[f"prompts {s.flag}"])
-        for s in _pair_steps(rules)
-    ]
-    cap = "no cap is set" if rules.max_pairs is None else f"more than {rules.max_pairs} pairs"
-    rows += [
-        ("one pair a prompt", "another pair of the prompt comes first", admissible, admissible),
-        ("cap", cap, capped, capped),
-    ]
-    return [
-        {
-            "step": name,
-            "completions": completions,
-            "prompts": prompts,
-            "lost_completions": before[2] - completions,
-            "lost_prompts": before[3] - prompts,
-            "why": why,
-        }
-        for (name, why, completions, prompts), before in zip(rows, rows[:1] + rows, strict=False)
-    ]
-
-
-def _unusable_scores(
-    scores: pl.DataFrame, dimensions: Sequence[str], completions: int
-) -> dict[str, dict[str, int]]:
-    """Dimension -> completions abstained on, given a value that is no score, given none."""
-    by_kind = scores.group_by("dimension").agg(
-        pl.col("abstained").sum(),
-        invalid=(~pl.col("abstained") & ~_is_score()).sum(),
-        missing=completions - pl.len().cast(pl.Int64),
-    )
-    known = {row.pop("dimension"): row for row in by_kind.to_dicts()}
-    nothing = {"abstained": 0, "invalid": 0, "missing": completions}
-    return {d: known.get(d, nothing) for d in dimensions}

@@ -98,55 +98,55 @@ class Score:
 
 COMPLETIONS = pl.Schema(
     {
-        "prompt_id": pl.String,
-        "sample": pl.Int32,
-        "text": pl.String,
+        "prompt_id": pl.String(),
+        "sample": pl.Int32(),
+        "text": pl.String(),
         "token_ids": pl.List(pl.Int32),
         "prompt_token_ids": pl.List(pl.Int32),
         "logps": pl.List(pl.Float32),
-        "finish_reason": pl.String,
-        "policy_version": pl.Int32,
+        "finish_reason": pl.String(),
+        "policy_version": pl.Int32(),
     }
 )
 
 SCORES = pl.Schema(
     {
-        "prompt_id": pl.String,
-        "sample": pl.Int32,
-        "judge": pl.String,
-        "dimension": pl.String,
-        "score": pl.Float64,
+        "prompt_id": pl.String(),
+        "sample": pl.Int32(),
+        "judge": pl.String(),
+        "dimension": pl.String(),
+        "score": pl.Float64(),
         "votes": pl.List(pl.Float64),
-        "spread": pl.Float64,
-        "abstained": pl.Boolean,
-        "reason": pl.String,
+        "spread": pl.Float64(),
+        "abstained": pl.Boolean(),
+        "reason": pl.String(),
     }
 )
 
 
 def pairs_schema(dimensions: Sequence[str]) -> pl.Schema:
     """The schema of `pairs.parquet`; the two score structs have one field per dimension."""
-    scores = pl.Struct({d: pl.Float64 for d in sorted(dimensions)})
+    scores = pl.Struct(dict.fromkeys(sorted(dimensions), pl.Float64))
     return pl.Schema(
         {
-            "prompt_id": pl.String,
-            "category": pl.String,
-            "cluster": pl.String,
-            "prompt": pl.String,
-            "chosen": pl.String,
-            "rejected": pl.String,
-            "chosen_sample": pl.Int32,
-            "rejected_sample": pl.Int32,
+            "prompt_id": pl.String(),
+            "category": pl.String(),
+            "cluster": pl.String(),
+            "prompt": pl.String(),
+            "chosen": pl.String(),
+            "rejected": pl.String(),
+            "chosen_sample": pl.Int32(),
+            "rejected_sample": pl.Int32(),
             "prompt_token_ids": pl.List(pl.Int32),
             "chosen_token_ids": pl.List(pl.Int32),
             "rejected_token_ids": pl.List(pl.Int32),
-            "reward_chosen": pl.Float64,
-            "reward_rejected": pl.Float64,
-            "margin": pl.Float64,
+            "reward_chosen": pl.Float64(),
+            "reward_rejected": pl.Float64(),
+            "margin": pl.Float64(),
             "scores_chosen": scores,
             "scores_rejected": scores,
-            "source": pl.String,
-            "policy_version": pl.Int32,
+            "source": pl.String(),
+            "policy_version": pl.Int32(),
         }
     )
 

@@ -16,7 +16,7 @@ import pytest
 
 from launch import cli, shadow
 from rlhf import errors
-from rlhf.config_io import leaves
+from rlhf.config_help import leaves
 
 if TYPE_CHECKING:
     from rlhf.config import RunConfig

@@ -12,8 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf import config_io
+from rlhf import config_help, config_io
 from rlhf.config import RunConfig
+from rlhf.config_yaml import Reader
 from rlhf.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +114,7 @@ def test_every_float_that_python_prints_is_read_back(value: float) -> None:
 )
 @settings(max_examples=100, deadline=None)
 def test_text_given_as_an_override_is_taken_as_it_stands(text: str) -> None:
-    reader = config_io._Reader(lambda line: "here")
+    reader = Reader(lambda line: "here")
     node = config_io._override("model.path", text, reader)
     assert node is not None and node.value == text and not reader.problems
 
@@ -230,6 +231,15 @@ def test_rules_between_settings_point_to_the_setting_or_the_section(base: Path) 
     assert unknown.endswith("(run.yaml:3)")
 
 
+def test_a_leash_that_moves_needs_a_bound_on_the_drift(base: Path) -> None:
+    assert error(base, "rounds:\n  reference: round_start\n") == (
+        "rounds.reference round_start needs gates.max_kl: its leash moves with the policy, so "
+        "drift from the start must be bounded by a gate (run.yaml:2)"
+    )
+    bounded = write(base.parent, "rounds: {reference: round_start}\ngates: {max_kl: 9}\n")
+    assert config_io.load([base, bounded]).gates.max_kl == 9
+
+
 def test_a_missing_setting_names_what_it_must_be(tmp_path: Path) -> None:
     path = write(tmp_path, "model:\n  revision: abc\n")
     lines = errors([path])
@@ -331,6 +341,7 @@ def test_the_hash_ignores_what_cannot_change_results(base: Path) -> None:
         ("run.seed", "1", "run.seed: 0 -> 1"),
         ("rollout.max_concurrency", "4", "rollout.max_concurrency: 128 -> 4"),
         ("rounds.reference", "round_start", 'rounds.reference: "initial" -> "round_start"'),
+        ("gates.max_kl", "8", "gates.max_kl: 9.0 -> 8.0"),
         ("judges.panel.0.name", "x", 'judges.panel.0.name: "house" -> "x"'),
         ("model.tuning", "qlora", 'model.tuning: "lora" -> "qlora"'),
         ("prompts.gate.columns.prompt", "q", 'prompts.gate.columns.prompt: (absent) -> "q"'),
@@ -339,7 +350,9 @@ def test_the_hash_ignores_what_cannot_change_results(base: Path) -> None:
 def test_the_hash_and_the_difference_show_what_may(
     base: Path, key: str, value: str, line: str
 ) -> None:
-    one, other = config_io.load([base]), config_io.load([base], [(key, value)])
+    bounded = [("gates.max_kl", "9")]
+    one = config_io.load([base], bounded)
+    other = config_io.load([base], [*bounded, (key, value)])
     assert config_io.config_hash(one) != config_io.config_hash(other)
     assert line in config_io.difference(config_io.resolved(one), config_io.resolved(other))
 
@@ -353,13 +366,13 @@ def test_writing_a_default_out_changes_no_hash(base: Path) -> None:
 
 
 def test_every_neutral_name_is_a_setting_or_a_section() -> None:
-    names = set(config_io.leaves()) | set(RunConfig.model_fields)
+    names = set(config_help.leaves()) | set(RunConfig.model_fields)
     assert set(config_io.NEUTRAL) <= names
 
 
 def test_the_reference_describes_every_setting() -> None:
-    text = config_io.describe()
-    for name in config_io.leaves():
+    text = config_help.describe()
+    for name in config_help.leaves():
         assert f"- `{name}`: " in text, name
     assert "`rollout.temperature`: a number > 0 and <= 2; default 0.7." in text
     assert "Varied enough to differ" in text
@@ -376,5 +389,5 @@ def test_every_key_has_a_reader() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    unread = [name for name in config_io.leaves() if name.rsplit(".", 1)[-1] not in read]
+    unread = [name for name in config_help.leaves() if name.rsplit(".", 1)[-1] not in read]
     assert unread == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf.config import Gates
 from rlhf.errors import InputError
-from rlhf.gates import Gate, decide, judge_gates
+from rlhf.gates import Gate, Outcome, decide, drift_gate, judge_gates
 
 
 def change(value: float, low: float | None, high: float | None) -> dict[str, Any]:
@@ -87,6 +87,51 @@ def test_nan_is_refused_under_both_rules() -> None:
     for rule in ("interval", "point"):
         with pytest.raises(ValueError, match="NaN"):
             judged(math.nan, -0.01, 0.01, rule=rule)
+
+
+Rule = Literal["interval", "point"]
+
+
+def drift(kl: float, standard_error: float | None, rule: Rule = "interval") -> Gate:
+    return drift_gate({"kl": kl, "standard_error": standard_error}, 5.0, rule)
+
+
+@pytest.mark.parametrize(
+    ("kl", "standard_error", "interval", "point"),
+    [
+        (4.0, 0.5, "pass", "pass"),
+        (4.0, 0.52, "inconclusive", "pass"),
+        (5.0, 0.0, "pass", "pass"),
+        (5.01, 0.0, "fail", "fail"),
+        (6.0, 0.52, "inconclusive", "fail"),
+        (6.0, 0.5, "fail", "fail"),
+        (0.1, None, "inconclusive", "pass"),
+        (50.0, None, "inconclusive", "fail"),
+    ],
+)
+def test_drift_is_held_below_its_limit(
+    kl: float, standard_error: float | None, interval: Outcome, point: Outcome
+) -> None:
+    assert drift(kl, standard_error).verdict == interval
+    assert drift(kl, standard_error, "point").verdict == point
+
+
+@given(st.floats(-10, 100))
+def test_a_drift_without_error_never_passes_the_interval_rule(kl: float) -> None:
+    gate = drift(kl, None)
+    assert gate.verdict == "inconclusive"
+    assert (gate.low, gate.high, gate.smallest_detectable) == (-math.inf, math.inf, math.inf)
+
+
+@pytest.mark.parametrize("rule", ["interval", "point"])
+def test_drift_is_told_with_what_is_allowed(rule: Rule) -> None:
+    gate = drift(7.0, 0.5, rule)
+    assert (gate.value, gate.threshold, gate.rule) == (7.0, 5.0, rule)
+    assert (gate.low, gate.high) == pytest.approx((6.020018, 7.979982), abs=1e-6)
+    assert decide([PASS, gate], "promote").reason == (
+        "Not promoted: kl to the start is 7.000 (95% interval +6.020 to +7.980), "
+        "5.000 nats a sequence allowed: fail."
+    )
 
 
 PASS, FAIL, UNCLEAR = (

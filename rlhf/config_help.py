@@ -1,0 +1,141 @@
+"""Every setting by name: its type and bounds in words, and the reference that lists them all."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from rlhf.config import RunConfig, Section
+from rlhf.config_yaml import KeyPath, show
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def describe() -> str:
+    """Every setting in Markdown: key, type and bounds, default, and the reason for it."""
+    lines = ["# Settings", "", _words(RunConfig.__doc__)]
+    for name, info in RunConfig.model_fields.items():
+        lines += _describe_section(name, info)
+    return "\n".join(lines) + "\n"
+
+
+def _describe_section(path: str, info: FieldInfo) -> list[str]:
+    section, mark = _inside(info)
+    assert section is not None, f"{path} is no section"
+    need = ", required" if info.is_required() else ""
+    lines = ["", f"## {path}{mark}{need}", "", _words(info.description or section.__doc__), ""]
+    nested: list[str] = []
+    for name, inner in section.model_fields.items():
+        if _inside(inner)[0] is not None:
+            nested += _describe_section(f"{path}{mark}.{name}", inner)
+            continue
+        if inner.is_required():
+            default = "required"
+        else:
+            default = f"default {show(inner.get_default(call_default_factory=True))}"
+        lines.append(f"- `{path}{mark}.{name}`: {rule(_annotated(inner))}; {default}.")
+        if inner.description:
+            lines.append(f"  {_words(inner.description)}")
+    return [*lines, *nested]
+
+
+def _words(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def leaves(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted name of every setting; settings of list items stand under `name[]`."""
+    for name, info in section.model_fields.items():
+        inner, mark = _inside(info)
+        if inner is None:
+            yield f"{prefix}{name}"
+        else:
+            yield from leaves(inner, f"{prefix}{name}{mark}.")
+
+
+def suggest(name: str) -> list[str]:
+    """The settings whose last part is, or is most like, `name`: `temprature` -> its full key."""
+    found = [(leaf, leaf.rsplit(".", 1)[-1]) for leaf in leaves() if "[]" not in leaf]
+    near = get_close_matches(name.replace("-", "_"), [last for _, last in found], n=1, cutoff=0.75)
+    return [leaf for leaf, last in found if last in near]
+
+
+def _inside(info: FieldInfo) -> tuple[type[Section] | None, str]:
+    """The section that a field holds, with `[]` if it is a list of them."""
+    base, mark = alternatives(info.annotation)[0], ""
+    if get_origin(base) is list:
+        base, mark = alternatives(get_args(base)[0])[0], "[]"
+    return (base, mark) if isinstance(base, type) and issubclass(base, Section) else (None, "")
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """What a union allows, bare of Annotated; one entry for anything else."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [inner for option in get_args(annotation) for inner in alternatives(option)]
+    return [annotation]
+
+
+def locate(path: KeyPath) -> tuple[KeyPath, Any, FieldInfo | None]:
+    """How much of `path` the config knows, with the type and, if it is a setting, field there."""
+    known: KeyPath = ()
+    annotation: Any = RunConfig
+    info: FieldInfo | None = None
+    for part in path:
+        inner = [o for o in alternatives(annotation) if o is not type(None)]
+        base = inner[0] if len(inner) == 1 else None
+        if isinstance(base, type) and issubclass(base, Section) and part in base.model_fields:
+            info = base.model_fields[str(part)]
+            annotation = _annotated(info)
+        elif get_origin(base) is list and str(part).isdecimal():
+            annotation, info = get_args(base)[0], None
+        elif get_origin(base) is dict and not str(part).startswith("["):
+            annotation, info = get_args(base)[1], None
+        else:
+            break
+        known = (*known, part)
+    return known, annotation, info
+
+
+def _annotated(info: FieldInfo) -> Any:
+    return Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
+
+
+def rule(annotation: Any) -> str:
+    """A type and its bounds in words: `a number > 0 and <= 2`."""
+    if get_origin(annotation) is Annotated:
+        base, *metadata = get_args(annotation)
+        flat = [m for item in metadata for m in getattr(item, "metadata", [item])]
+        return f"{rule(base)} {' and '.join(filter(None, map(_bound, flat)))}".strip()
+    options = get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(map(rule, options))
+    if get_origin(annotation) is Literal:
+        return f"{'one of ' if len(options) > 1 else ''}{', '.join(map(str, options))}"
+    if get_origin(annotation) is list:
+        return f"a list, each {rule(options[0])}"
+    if get_origin(annotation) is dict:
+        return f"a mapping of names, each to {rule(options[1])}"
+    return _WORDS.get(annotation, "a mapping of settings")
+
+
+def _bound(metadata: Any) -> str:
+    for name, sign in _SIGNS.items():
+        if hasattr(metadata, name):
+            return f"{sign} {getattr(metadata, name)}"
+    if hasattr(metadata, "min_length"):
+        return f"(at least {metadata.min_length} long)"
+    pattern = getattr(metadata, "pattern", None)
+    return f"matching {pattern}" if pattern else ""
