@@ -1,0 +1,203 @@
+"""Small stand-ins: a run's files, verifiers with known outcomes, generators that lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.policy import Policy
+from rlhf.protocols import Loaded, Published
+from rlhf.types import Completion, Prompt
+from rollout.transformers_generator import TransformersGenerator
+from rollout.weight_sync import weights_sha256
+
+SPLITS = ("train", "gate", "final")
+THINGS = ("parcel", "refund", "invoice", "password", "voucher", "return", "repair", "warranty")
+
+
+def write_prompts(folder: Path, count: int = 6) -> dict[str, dict[str, str]]:
+    """`prompts` of a config: three JSONL pools of `count` questions, each its own cluster."""
+    sources = {}
+    for split in SPLITS:
+        path = folder / f"{split}.jsonl"
+        lines = [
+            {
+                "prompt_id": f"{split}-{i}",
+                "prompt": f"{split.title()} question {i}: where is my {THINGS[i % len(THINGS)]}?",
+                "cluster": f"{split}-{i}",
+                "category": ("orders", "accounts")[i % 2],
+            }
+            for i in range(count)
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        sources[split] = {"path": str(path)}
+    return sources
+
+
+def run_values(
+    folder: Path, model: str | Path, verifier: str = "vowels", **sections: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A config of a run in fp32 that takes seconds; `sections` are merged in, key by key.
+
+    `verifier` names a function below that scores correctness and style.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    here = str(Path(__file__).resolve())
+    values: dict[str, dict[str, Any]] = {
+        "run": {"name": "trial", "directory": str(folder / "runs")},
+        "model": {"path": str(model), "precision": "fp32", "lora": {"rank": 4, "alpha": 8.0}},
+        "prompts": write_prompts(folder),
+        "rollout": {
+            "engine": "transformers",
+            "samples_per_prompt": 4,
+            # A random model's nucleus is most of its vocabulary, which takes long to sort.
+            "top_p": 1.0,
+            "max_new_tokens": 8,
+            "shard_prompts": 2,
+            "parity_completions": 4,
+        },
+        "judges": {
+            "panel": [
+                {
+                    "name": "rules",
+                    "function": f"{here}:{verifier}",
+                    "dimensions": ["correctness", "style"],
+                }
+            ],
+            "audit": [
+                {"name": "onlooker", "function": f"{here}:words", "dimensions": ["words"]}
+            ],
+        },
+        "selection": {
+            "floors": {},
+            "min_margin": 0.01,
+            "protected": {},
+            # A model that stops at random in a large vocabulary is nearly always cut off.
+            "allow_truncated_chosen": True,
+            "cold_start": {"min_passing_share": 0.0, "min_spread": 0.0},
+        },
+        "learner": {"learning_rate": 0.003, "batch_pairs": 2, "micro_batch_pairs": 2},
+        "rounds": {"count": 2},
+        "evaluation": {"samples_per_prompt": 2, "bootstrap": 200, "kl_prompts": 4},
+        "gates": {"max_drop": 1.0, "on_inconclusive": "promote"},
+        "tracking": {"plain": True},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return values
+
+
+def vowels(prompt: Prompt, completion: Completion) -> dict[str, float | None]:
+    """Many vowels are right, few characters are good style."""
+    text = completion.text.lower()
+    share = sum(text.count(v) for v in "aeiou") / max(1, len(text))
+    return {"correctness": share, "style": 1 - min(1.0, len(text) / 100)}
+
+
+def words(prompt: Prompt, completion: Completion) -> dict[str, float | None]:
+    """An audit: more words, up to ten."""
+    return {"words": min(1.0, len(completion.text.split()) / 10)}
+
+
+def worse_by_version(prompt: Prompt, completion: Completion) -> dict[str, float | None]:
+    """As `vowels`, but each later policy version scores 0.2 less on correctness."""
+    scores = vowels(prompt, completion)
+    assert scores["correctness"] is not None
+    known = 0.8 + 0.2 * scores["correctness"]
+    return {**scores, "correctness": max(0.0, known - 0.2 * completion.policy_version)}
+
+
+def worse_after_one(prompt: Prompt, completion: Completion) -> dict[str, float | None]:
+    """The first round is better than the start, the second much worse."""
+    scores = vowels(prompt, completion)
+    assert scores["correctness"] is not None
+    level = (0.5, 0.6, 0.1)[min(completion.policy_version, 2)]
+    return {**scores, "correctness": level + 0.1 * scores["correctness"]}
+
+
+def noisy_versions(prompt: Prompt, completion: Completion) -> dict[str, float | None]:
+    """Versions differ from prompt to prompt, in both directions: no gate can tell."""
+    scores = vowels(prompt, completion)
+    up = int(prompt.prompt_id.rsplit("-", 1)[-1]) % 2 == 0
+    step = 0.2 if up == bool(completion.policy_version % 2) else -0.2
+    correctness = 0.5 + step if completion.policy_version else 0.5
+    return {**scores, "correctness": correctness}
+
+
+def indifferent(prompt: Prompt, completion: Completion) -> dict[str, float | None]:
+    """Every answer is worth the same."""
+    return {"correctness": 0.5, "style": 0.5}
+
+
+def silent(prompt: Prompt, completion: Completion) -> None:
+    """Never has a score."""
+    return None
+
+
+def raises(prompt: Prompt, completion: Completion) -> dict[str, float | None]:
+    """Never gets that far."""
+    raise RuntimeError("the checker's database is down")
+
+
+BROKEN_VALUES = (float("nan"), 1.7, "0.9", None, float("inf"), -0.1, True)
+
+
+def breaks_on_some(prompt: Prompt, completion: Completion) -> Any:
+    """As `vowels`, but sample 1 gets one of `BROKEN_VALUES`; with them, the best style."""
+    scores: dict[str, Any] = vowels(prompt, completion)
+    if completion.sample != 1:
+        return scores
+    number = int(prompt.prompt_id.rsplit("-", 1)[-1])
+    return {"correctness": BROKEN_VALUES[number % len(BROKEN_VALUES)], "style": 1.0}
+
+
+class StaleGenerator(TransformersGenerator):
+    """Says that it loaded every version; after the first it keeps the weights it has."""
+
+    def load(self, published: Published) -> Loaded:
+        if self._loaded is None:
+            return super().load(published)
+        self._loaded = Loaded(published.version, weights_sha256(published.path))
+        return self._loaded
+
+
+class MisreportingGenerator(TransformersGenerator):
+    """Loads what it is given, and says something else about it."""
+
+    version_offset = 0
+    sha256: str | None = None
+
+    def load(self, published: Published) -> Loaded:
+        loaded = super().load(published)
+        return Loaded(loaded.version + self.version_offset, self.sha256 or loaded.sha256)
+
+
+class SleepwalkingGenerator(TransformersGenerator):
+    """Wakes up with something else than what it slept with."""
+
+    woken: Loaded | None = None
+
+    def wake(self) -> Loaded | None:
+        return self.woken
+
+
+def perturb(policy: Policy, seed: int, scale: float = 0.1) -> None:
+    """Give the adapter an effect, as training would; its B matrices start at zero."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.trainable():
+            if "lora_B" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=noise))
+
+
+def prompts_of(encode: Any, texts: Sequence[str]) -> list[Prompt]:
+    """Prompts with token ids, `encode` being `rlhf.policy.prompt_encoder(tokenizer)`."""
+    return [
+        Prompt(f"p{i}", (message,), token_ids=tuple(encode([message])))
+        for i, text in enumerate(texts)
+        for message in [{"role": "user", "content": text}]
+    ]
