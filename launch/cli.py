@@ -194,10 +194,12 @@ def _start(paths: Sequence[Path], overrides: Sequence[Override], *, dry_run: boo
 
     config: RunConfig = config_io.load(paths, overrides)
     if dry_run:
+        from launch.local import rehearse
         from launch.placement import plan
 
         print(config_io.dump(config))
         print(plan(config))
+        print(rehearse(config))
         return 0
     from launch.local import train as run
 

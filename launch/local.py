@@ -55,6 +55,16 @@ def train(config: RunConfig) -> int:
         return 0
 
 
+def rehearse(config: RunConfig) -> str:
+    """Load judges and prompts as a run would, without a model; what became of the prompts.
+
+    Raises InputError where a run would, over-long prompts aside.
+    """
+    build(config.judges.panel, "judges.panel")
+    build(config.judges.audit, "judges.audit")
+    return _counted(load_pools(config.prompts, config.run.seed, None))
+
+
 class _wired:
     """The parts of a run; frees the generator at the end."""
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +18,8 @@ from rich.progress import (
 from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 20.0
+PLAIN_WIDTH = 1000
+"""Columns; a file has no width, and a table there must not be cut to that of a terminal."""
 
 
 class Terminal:
@@ -26,6 +28,8 @@ class Terminal:
     def __init__(self, plain: bool) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not plain
+        if not self.live:
+            self.console.width = PLAIN_WIDTH
 
     def say(self, text: str) -> None:
         """One line with the time of day."""
@@ -64,10 +68,11 @@ class Terminal:
         yield advance
 
     def table(self, title: str, rows: Sequence[Mapping[str, str]]) -> None:
-        """A table; on a narrow or plain output too."""
+        """A table that cuts nothing off: a terminal folds long cells, plain output grows wider."""
         table = Table(title=title, title_justify="left")
         for index, column in enumerate(rows[0]):
-            table.add_column(column, justify="left" if index == 0 else "right")
+            justify: JustifyMethod = "left" if index == 0 else "right"
+            table.add_column(column, justify=justify, overflow="fold")
         for row in rows:
             table.add_row(*row.values())
         self.console.print(table)

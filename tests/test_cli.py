@@ -43,14 +43,20 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
+class _Room(types.ModuleType):
+    """A stand-in for a module."""
+
+
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Put a stand-in for one function of a room that the command imports late."""
 
     def put(module: str, name: str, function: object) -> None:
-        room = types.ModuleType(module)
+        room = sys.modules.get(module)
+        if not isinstance(room, _Room):
+            room = _Room(module)
+            monkeypatch.setitem(sys.modules, module, room)
         setattr(room, name, function)
-        monkeypatch.setitem(sys.modules, module, room)
 
     return put
 
@@ -235,6 +241,7 @@ def test_a_dry_run_shows_config_and_plan_and_trains_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     install("launch.placement", "plan", lambda config: f"plan for {config.model.path}")
+    install("launch.local", "rehearse", lambda config: "prompts: enough")
     assert cli.main(["train", config, "--dry-run", "--run.seed", "5"]) == 0
     shown = capsys.readouterr().out
     assert "  seed: 5\n" in shown and shown.endswith("plan for org/model\n") and not trained
