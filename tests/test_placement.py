@@ -1,0 +1,172 @@
+"""Who runs where: the derivation as a table, the refusals, and what a dry run prints."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import placement
+from launch.placement import Plan, find, place, plan
+from launch.presets import path
+from rlhf import config_io
+from rlhf.config import RunConfig
+from rlhf.errors import InputError
+
+TUNINGS = ("full", "lora", "qlora")
+
+
+def config(**sections: dict[str, Any]) -> RunConfig:
+    pool = {"path": "pool.jsonl"}
+    judge = {"name": "house", "function": "a:b", "dimensions": ["correctness"]}
+    return RunConfig.model_validate(
+        {
+            "prompts": {"train": pool, "gate": pool, "final": pool},
+            "judges": {"panel": [judge]},
+            **sections,
+            "model": {"path": "org/model", **sections.get("model", {})},
+        }
+    )
+
+
+def asked(device: str, engine: str, sync: str, tuning: str) -> RunConfig:
+    return config(
+        model={"tuning": tuning},
+        rollout={"engine": engine, "sync": sync},
+        placement={"device": device},
+    )
+
+
+def on_machine(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
+    monkeypatch.setattr(placement, "find", lambda _: plan)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "vllm", "tuning", "expected"),
+    [
+        (False, False, "full", Plan("cpu", "transformers", "merged")),
+        (False, False, "lora", Plan("cpu", "transformers", "merged")),
+        (False, True, "full", Plan("cpu", "vllm", "merged")),
+        (False, True, "lora", Plan("cpu", "vllm", "merged")),
+        (False, True, "qlora", Plan("cpu", "vllm", "merged")),
+        (True, False, "full", Plan("cuda", "transformers", "merged")),
+        (True, False, "lora", Plan("cuda", "transformers", "adapter")),
+        (True, True, "full", Plan("cuda", "vllm", "merged")),
+        (True, True, "lora", Plan("cuda", "vllm", "adapter")),
+        (True, True, "qlora", Plan("cuda", "vllm", "adapter")),
+    ],
+)
+def test_auto_takes_the_best_the_machine_has(
+    cuda: bool, vllm: bool, tuning: str, expected: Plan
+) -> None:
+    assert place(asked("auto", "auto", "auto", tuning), cuda, vllm) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "engine", "sync", "tuning", "cuda", "vllm"),
+    list(
+        product(
+            ("auto", "cpu", "cuda"),
+            ("auto", "vllm", "transformers"),
+            ("auto", "adapter", "merged"),
+            TUNINGS,
+            (False, True),
+            (False, True),
+        )
+    ),
+)
+def test_what_is_asked_for_is_had_or_refused(
+    device: str, engine: str, sync: str, tuning: str, cuda: bool, vllm: bool
+) -> None:
+    """Never something else in silence: each of the 324 cases keeps to the config, or is an error."""
+    refused = (
+        (device == "cuda" and not cuda)
+        or (engine == "vllm" and not vllm)
+        or (sync == "adapter" and tuning == "full")
+    )
+    if refused:
+        with pytest.raises(InputError):
+            place(asked(device, engine, sync, tuning), cuda, vllm)
+        return
+    found = place(asked(device, engine, sync, tuning), cuda, vllm)
+    assert device in ("auto", found.device)
+    assert engine in ("auto", found.engine)
+    assert sync in ("auto", found.sync)
+    assert cuda or found.device == "cpu"
+    assert vllm or found.engine == "transformers"
+    assert tuning != "full" or found.sync == "merged"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (("cuda", "auto", "auto", "lora"), ("placement.device", "no GPU", "use auto or cpu")),
+        (("auto", "vllm", "auto", "lora"), ("rollout.engine", "pip install 'pairloop[vllm]'")),
+        (("auto", "auto", "adapter", "full"), ("rollout.sync", "model.tuning", "got full")),
+    ],
+)
+def test_a_refusal_names_the_setting_and_the_way_out(
+    wanted: tuple[str, str, str, str], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        place(asked(*wanted), cuda=False, vllm=False)
+    assert caught.value.exit_status == 2
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_this_machine_has_a_plan() -> None:
+    found = find(config())
+    assert found == place(config(), found.device == "cuda", found.engine == "vllm")
+
+
+def test_the_plan_says_where_the_run_takes_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_machine(monkeypatch, Plan("cuda", "vllm", "adapter"))
+    text = plan(config(model={"lora": {"rank": 7}}, rollout={"samples_per_prompt": 5}))
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert list(lines) == ["placement", "learner", "generator", "judges", "rounds", "gates"]
+    assert "one process on cuda" in lines["placement"]
+    assert "org/model: LoRA rank 7" in lines["learner"]
+    assert "vllm, 5 samples a prompt" in lines["generator"]
+    assert "the adapter alone" in lines["generator"]
+    assert "house; audit: none" in lines["judges"]
+    assert "correctness" in lines["gates"]
+
+
+@pytest.mark.parametrize(
+    ("tuning", "words"), [("full", "all weights"), ("lora", "bf16 base"), ("qlora", "NF4 base")]
+)
+def test_the_plan_names_what_is_trained(
+    tuning: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_machine(monkeypatch, Plan("cpu", "transformers", "merged"))
+    text = plan(config(model={"tuning": tuning, "precision": "bf16"}))
+    assert words in text
+    assert "merged weights, reloaded in place" in text
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_transformers"])
+def test_presets_load_and_have_a_plan(name: str) -> None:
+    preset = config_io.load([path(name)])
+    # The first demo asks for vLLM, the second for a machine without it.
+    assert place(preset, cuda=False, vllm=name == "demo").device == "cpu"
+    if name == "demo":
+        assert (preset.run.directory, preset.run.name) == ("runs", "demo")
+
+
+def test_an_unknown_preset_is_refused_with_those_there_are() -> None:
+    with pytest.raises(InputError, match=r"no preset dmeo; there are .*demo, demo_transformers"):
+        path("dmeo")
+
+
+def test_a_preset_in_the_package_comes_before_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed wheel has its configs inside `launch`, whatever lies beside the packages."""
+    for folder in ("launch/configs", "configs"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "demo.yaml").write_text("")
+    monkeypatch.setattr("launch.presets.__file__", str(tmp_path / "launch/presets.py"))
+    assert path("demo") == tmp_path / "launch/configs/demo.yaml"
