@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -66,11 +67,12 @@ class Trained:
     executed_steps: int
     skipped_steps: int
     first_loss: float | None
-    """Loss of the round's first step; None where this process resumed after it."""
+    """Loss of the round's first step; None for a round without steps."""
 
 
 @dataclass(slots=True)
 class _Progress:
+    round_index: int
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -99,13 +101,17 @@ class Learner:
         self.policy = policy
         self.config = config
         self.settings = config.learner
-        self.accelerator = Accelerator(cpu=policy.device == "cpu")
+        # Precision and micro-batches are the config's; else `accelerate launch` sets them unasked.
+        self.accelerator = Accelerator(
+            cpu=policy.device == "cpu",
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
         if self.settings.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
             policy.model.enable_input_require_grads()  # type: ignore[operator]
-
 
     def logps(self, completions: Sequence[Completion], initial: bool = False) -> list[list[float]]:
         """Token log-probs of completions under the policy, or under the run's initial policy."""
@@ -146,7 +152,6 @@ class Learner:
                 )
                 yield rows, batch, token_logps(model, batch)
 
-
     def plan(self, pairs: int) -> int:
         """Optimizer steps of a round: epochs x ceil(pairs / batch_pairs)."""
         return self.settings.epochs * math.ceil(pairs / self.settings.batch_pairs)
@@ -174,7 +179,7 @@ class Learner:
         scaler = torch.amp.GradScaler(
             self.policy.device, enabled=self.config.model.precision == "fp16"
         )
-        progress = self._resume(state, optimizer, scaler)
+        progress = self._resume(state, optimizer, scaler, round_index)
         # A round's start is fixed by its number, not by what this process drew before.
         if progress.step == 0:
             torch.manual_seed(_seed(self.config.run.seed, round_index))
@@ -195,9 +200,6 @@ class Learner:
             tokens = sum(e.tokens for e in batch)
             metrics |= {"learning_rate": rate, "tokens_per_second": tokens / seconds}
             progress.step += 1
-            if progress.step == 1:
-                progress.first_loss = metrics["loss"]
-                self._check_first_loss(round_index, metrics["loss"])
             on_step(progress.step, metrics)
             self._save_or_stop(state, optimizer, scaler, progress, len(steps), check)
         self.accelerator.free_memory()
@@ -232,6 +234,9 @@ class Learner:
         averaged["grad_norm"] = float(norm)
         finite = math.isfinite(averaged["loss"]) and math.isfinite(averaged["grad_norm"])
         averaged["skipped"] = float(not finite)
+        if progress.step == 0:
+            progress.first_loss = averaged["loss"]
+            self._check_first_loss(progress.round_index, averaged["loss"])
         if finite:
             progress.skipped_in_a_row = 0
             scaler.step(getattr(optimizer, "optimizer", optimizer))
@@ -300,19 +305,17 @@ class Learner:
         )
 
     def _check_first_loss(self, round_index: int, loss: float) -> None:
-        at_reference = self.config.rounds.reference == "round_start" or (
-            round_index == 1 and self.config.model.lora.dropout == 0
-        )
-        if not at_reference or not math.isfinite(loss):
+        at_reference = self.config.rounds.reference == "round_start" or round_index == 1
+        if not at_reference or _drops_out(self.policy.model) or not math.isfinite(loss):
             return
         # Before any update policy = reference, so every DPO loss is ln 2 up to padding's rounding.
         allowed = 1e-3 if self.config.model.precision == "fp32" else 0.1
         if abs(loss - math.log(2)) > allowed:
             raise NonFiniteError(
                 f"round {round_index}: the first step's DPO loss is {loss:.4f}, not ln 2 = 0.6931: "
-                "reference log-probs and policy disagree about the same weights"
+                "reference log-probs and policy disagree about the same weights, which were not "
+                "touched"
             )
-
 
     def _save_or_stop(
         self,
@@ -362,14 +365,16 @@ class Learner:
                 },
             )
 
-    def _resume(self, state: Path, optimizer: Any, scaler: torch.amp.GradScaler) -> _Progress:
+    def _resume(
+        self, state: Path, optimizer: Any, scaler: torch.amp.GradScaler, round_index: int
+    ) -> _Progress:
         folder = state / "checkpoint"
         if not folder.is_dir():
-            return _Progress()
+            return _Progress(round_index)
         redo = f"remove {folder} to train this round from its start"
         meta = read_json(folder / "checkpoint.json", redo)
         for name, expected in meta["sha256"].items():
-            found = sha256_file(folder / name)
+            found = sha256_file(folder / name) if (folder / name).is_file() else None
             if found != expected:
                 raise InputError(
                     f"{folder / name}: its SHA-256 is {found}, not {expected} as written; {redo}"
@@ -385,7 +390,11 @@ class Learner:
         if "cuda" in kept["rng"]:
             torch.cuda.set_rng_state(kept["rng"]["cuda"].cpu())
         return _Progress(
-            meta["step"], meta["skipped"], meta["skipped_in_a_row"], meta["first_loss"]
+            round_index,
+            meta["step"],
+            meta["skipped"],
+            meta["skipped_in_a_row"],
+            meta["first_loss"],
         )
 
 
@@ -407,6 +416,13 @@ def _examples(pairs: pl.DataFrame, reference: pl.DataFrame | None = None) -> lis
         )
         for row in table.iter_rows(named=True)
     ]
+
+
+def _drops_out(model: torch.nn.Module) -> bool:
+    """Whether a pass in train mode differs from one in eval mode."""
+    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    rates.append(getattr(model.config, "attention_dropout", None) or 0.0)
+    return any(rates)
 
 
 def _seed(*parts: int) -> int:

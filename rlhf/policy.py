@@ -147,6 +147,8 @@ class Policy:
         else:
             torch.manual_seed(seed)
             self.model = get_peft_model(base, self._lora_config())
+        if self.adapted:
+            self._check_mergeable()
         self._initial = (
             {n: p.detach().cpu().clone() for n, p in self.trainable()} if self.adapted else None
         )
@@ -207,6 +209,7 @@ class Policy:
             described = self.model.peft_config["default"].to_dict()
             described["inference_mode"] = True
             described["base_model_name_or_path"] = self.path
+            described["revision"] = self.config.revision
             (folder / "adapter_config.json").write_text(_stable_json(described))
         else:
             self._save_whole(folder, torch.float32)
@@ -228,9 +231,13 @@ class Policy:
                     for name, parameter in self.trainable():
                         parameter.copy_(self._initial[name])
             else:
-                set_peft_model_state_dict(
-                    self.model, load_file(folder / ADAPTER), adapter_name="default"
-                )
+                weights = load_file(folder / ADAPTER)
+                # PEFT loads what fits and says nothing of the rest.
+                expected = get_peft_model_state_dict(self.model, adapter_name="default").keys()
+                if weights.keys() != expected:
+                    odd = sorted(weights.keys() ^ expected)[:3]
+                    raise InputError(f"{folder}: not this policy's adapter: {odd} on one side only")
+                set_peft_model_state_dict(self.model, weights, adapter_name="default")
             return
         weights = self._load_base().state_dict() if folder is None else _load_whole(folder)
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
@@ -263,7 +270,10 @@ class Policy:
     def _save_whole(self, folder: Path, dtype: torch.dtype) -> None:
         from huggingface_hub import save_torch_state_dict
 
-        weights = {n: w.to("cpu", dtype).contiguous() for n, w in self.merged_weights().items()}
+        weights = {
+            n: w.to("cpu", dtype if w.is_floating_point() else w.dtype).contiguous()
+            for n, w in self.merged_weights().items()
+        }
         save_torch_state_dict(weights, folder, metadata={"format": "pt"})
         config = AutoConfig.from_pretrained(
             self.path,
@@ -276,12 +286,12 @@ class Policy:
         if plain.generation_config is not None:
             plain.generation_config.save_pretrained(folder)
 
-    def _tied(self) -> set[str]:
+    def _tied(self) -> dict[str, str]:
+        """Weights that are another's under a second name -> that other's name."""
         plain = self.model.get_base_model() if self.adapted else self.model  # type: ignore[operator]
         if not getattr(plain.config, "tie_word_embeddings", False):
-            return set()
-        tied = getattr(plain, "all_tied_weights_keys", None) or {}
-        return set(tied)
+            return {}
+        return dict(getattr(plain, "all_tied_weights_keys", None) or {})
 
     def _load_base(self) -> nn.Module:
         quantised = self.config.tuning == "qlora"
@@ -312,7 +322,46 @@ class Policy:
             raise InputError(
                 f"model.tuning {self.config.tuning}: {error}; pip install 'pairloop[qlora]'"
             ) from None
-        return model if quantised else model.to(self.device)
+        if not quantised:
+            return model.to(self.device)
+        for module in model.modules():
+            # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks and rounds an NF4 weight in place
+            # when it first runs in eval mode: its gradients and what it dequantises to are wrong
+            # from then on.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model
+
+    def _check_mergeable(self) -> None:
+        """Only a plain LoRA off the tied weights is the same model when merged and when adapted."""
+        assert isinstance(self.model, PeftModel)
+        plain = self.model.get_base_model()
+        tied = self._tied()
+        for name, module in plain.named_modules():
+            if isinstance(module, LoraLayer) and f"{name}.weight" in {*tied, *tied.values()}:
+                raise InputError(
+                    f"model.lora.target_modules: {name} shares its weight with another layer of "
+                    f"{self.path} (tied embeddings), so an adapter on it can't be merged; leave it "
+                    "out"
+                )
+        lora = self.model.peft_config["default"]
+        beyond = [
+            setting
+            for setting in (
+                "use_dora",
+                "lora_bias",
+                "modules_to_save",
+                "target_parameters",
+                "trainable_token_indices",
+            )
+            if getattr(lora, setting, None)
+        ]
+        if not isinstance(lora, LoraConfig) or beyond or lora.bias != "none":
+            raise InputError(
+                f"model.adapter: {self.config.adapter} must be a plain LoRA adapter, got "
+                f"{lora.peft_type} with {beyond or getattr(lora, 'bias', None)}; merge it into its "
+                "base and start from that"
+            )
 
     def _lora_config(self) -> LoraConfig:
         lora = self.config.lora

@@ -17,8 +17,12 @@ def keep_nucleus(logits_BV: Tensor, top_p_B: Tensor) -> Tensor:
     """Logits with all but each row's nucleus at -inf.
 
     The nucleus is the smallest set of most likely tokens whose probability reaches top_p (Holtzman
-    et al. 2020); tokens tied with its last one stay too.
+    et al. 2020); tokens tied with its last one stay too. A top_p of 1 keeps every token: rounding
+    must not cut the tail of a distribution that was asked for whole.
     """
+    whole_B = top_p_B >= 1
+    if bool(whole_B.all()):
+        return logits_BV
     size = min(FIRST, logits_BV.shape[-1])
     total_B1 = logits_BV.logsumexp(-1, keepdim=True)
     while True:
@@ -26,6 +30,7 @@ def keep_nucleus(logits_BV: Tensor, top_p_B: Tensor) -> Tensor:
         probability_BK = (largest_BK - total_B1).exp()
         before_BK = probability_BK.cumsum(-1) - probability_BK
         reached = before_BK[:, -1] + probability_BK[:, -1] >= top_p_B
+        reached |= whole_B
         if size == logits_BV.shape[-1] or bool(reached.all()):
             break
         size = min(8 * size, logits_BV.shape[-1])
@@ -33,4 +38,5 @@ def keep_nucleus(logits_BV: Tensor, top_p_B: Tensor) -> Tensor:
     # The most likely token always stays.
     outside_BK[:, 0] = False
     least_B1 = largest_BK.masked_fill(outside_BK, torch.inf).amin(-1, keepdim=True)
+    least_B1 = least_B1.masked_fill(whole_B[:, None], -torch.inf)
     return logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)

@@ -110,7 +110,7 @@ class TransformersGenerator:
         """See `Generator.load`."""
         sha256 = weights_sha256(published.path)
         if published.kind == "adapter":
-            self._load_adapter(published.path, published.version)
+            self._load_adapter(published.path)
         elif self._model is None:
             self._model = self._read(str(published.path))
         else:
@@ -142,22 +142,24 @@ class TransformersGenerator:
 
     def _read(self, path: str) -> Any:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, use_safetensors=True)
+        # `generate` fills every setting that it is not given from this one: a folder's own
+        # repetition penalty, say, would change the distribution that is sampled from.
+        model.generation_config = GenerationConfig()
         return model.to(self.device).eval()
 
-    def _load_adapter(self, path: Path, version: int) -> None:
-        name = f"v{version}"
+    def _load_adapter(self, path: Path) -> None:
         if self._model is None:
             base = self._read(self.base)
             self._model = PeftModel.from_pretrained(
-                base, str(path), adapter_name=name, use_safetensors=True
+                base, str(path), adapter_name="even", use_safetensors=True
             ).eval()
             return
-        model = self.model
-        old = model.active_adapter
-        if old != name:
-            model.load_adapter(str(path), adapter_name=name)
-            model.set_adapter(name)
-            model.delete_adapter(old)
+        # The new adapter is read beside the old one, so never under the same name.
+        model, old = self.model, self.model.active_adapter
+        new = "odd" if old == "even" else "even"
+        model.load_adapter(str(path), adapter_name=new)
+        model.set_adapter(new)
+        model.delete_adapter(old)
 
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         width = max(len(p.token_ids) for p in prompts)
@@ -224,10 +226,11 @@ class TransformersGenerator:
         ends = [i for i, token in enumerate(tokens) if token in self.stop_ids]
         reason: FinishReason = "stop" if ends else "length"
         kept = tokens[: ends[0] + 1] if ends else tokens
+        said = kept[:-1] if ends else kept
         return Completion(
             prompt.prompt_id,
             sample,
-            self.tokenizer.decode(kept, skip_special_tokens=True).strip(),
+            self.tokenizer.decode(said, skip_special_tokens=True).strip(),
             tuple(kept),
             prompt.token_ids,
             tuple(logps[: len(kept)]),

@@ -6,47 +6,57 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rlhf.errors import InputError
 from rollout.nucleus import keep_nucleus
 
 
-def prepare(device: str, memory_gib: float) -> None:
-    """Set what vLLM reads from the environment on import. A user's own settings win."""
-    try:
-        import importlib.util
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine is built with."""
 
-        found = importlib.util.find_spec("vllm")
-    except ValueError:
-        found = None
-    if found is None:
-        raise InputError(
-            "rollout.engine vllm: vLLM is not installed; pip install 'pairloop[vllm]', or set "
-            "rollout.engine: transformers"
-        )
+    base: str
+    tokenizer: str
+    dtype: torch.dtype
+    device: str
+    quantised: bool
+    """The base is NF4 (adapter sync only; merged folders are already dequantised)."""
+    lora_rank: int
+    max_length: int
+    """Longest prompt plus completion, in tokens."""
+    max_concurrency: int
+    memory_gib: float
+    gpu_memory_share: float
+    seed: int
+    stop_ids: tuple[int, ...]
+
+
+def prepare() -> None:
+    """Set what vLLM reads from the environment on import. A user's own settings win."""
     # The engine shares this process, so that sleep, reload and close act on it directly.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if device == "cpu":
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(memory_gib))))
 
 
-def engine_arguments(device: str, max_length: int) -> dict[str, Any]:
-    """Arguments that differ on a CPU.
+def engine_arguments(options: EngineOptions) -> dict[str, Any]:
+    """Arguments that differ between a CPU and a GPU.
 
-    There, requests with seeds crash under chunked prefill ("CPU Generator does not use offset"),
+    On a CPU the cache's size is given outright (else vLLM wants most of the machine's memory to be
+    free), requests with seeds crash under chunked prefill ("CPU Generator does not use offset"),
     and graphs cost more to compile than a run gains.
     """
-    if device != "cpu":
-        return {}
+    if options.device != "cpu":
+        return {
+            "gpu_memory_utilization": options.gpu_memory_share,
+            "enable_sleep_mode": True,
+        }
     return {
+        "kv_cache_memory_bytes": round(options.memory_gib * 2**30),
         "enforce_eager": True,
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(8192, max_length),
+        "max_num_batched_tokens": max(8192, options.max_length),
     }
 
 
@@ -78,6 +88,64 @@ def sort_less(device: str) -> None:
 
     apply.sorts_less = True  # type: ignore[attr-defined]
     topk_topp_sampler.apply_top_k_top_p_pytorch = apply
+
+
+def refresh_head(llm: Any, device: str) -> None:
+    """After a reload on a CPU, let an output layer that is tied to the embedding follow it.
+
+    The reload replaces the embedding in place, but the tied layer multiplies with a repacked copy
+    of its first weights, and has no weights of its own that would be reloaded (vLLM 0.32.0,
+    `dispatch_cpu_unquantized_gemm`). Can go when its reload repacks tied layers too.
+    """
+    if device != "cpu":
+        return
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    def repack(model: torch.nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+    llm.apply_model(repack)
+
+
+def score_prompts_with_adapters(device: str) -> None:
+    """On a CPU, let prompts be scored while an adapter is served.
+
+    Prompt log-probs ask for logits of every token, but the output layer looks adapters up by
+    sequence, and the shapes do not fit (vLLM 0.32.0; on GPUs the output layer's own adapter is left
+    out instead, https://github.com/vllm-project/vllm/issues/51594, which the parity check would
+    catch). All our sequences share one adapter, so the first one's index serves all tokens. Can go
+    when that issue is closed for both.
+    """
+    if device != "cpu":
+        return
+    from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    original = PunicaWrapperCPU.add_lora_logits
+    if getattr(original, "by_token", False):
+        return
+
+    def apply(
+        self: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        **options: Any,
+    ) -> None:
+        indices = self.sampler_indices
+        if len(indices) == len(x):
+            return original(self, y, x, lora_a_stacked, lora_b_stacked, scale, **options)
+        indices = indices[:1].expand(len(x))
+        buffer = x.new_zeros((len(x), lora_b_stacked.size(-1)), dtype=torch.float32)
+        bgmv_shrink(x, lora_a_stacked, buffer, indices, scale)
+        bgmv_expand(buffer, lora_b_stacked, y, indices, add_inputs=True)
+
+    apply.by_token = True  # type: ignore[attr-defined]
+    PunicaWrapperCPU.add_lora_logits = apply
 
 
 @contextmanager

@@ -7,7 +7,6 @@ in place (merged) or hot-loaded as an adapter. What differs on a CPU is in `vllm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,30 +15,11 @@ from rlhf.errors import ParityError
 from rlhf.protocols import Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
 from rollout import vllm_compat
+from rollout.vllm_compat import EngineOptions
 from rollout.weight_sync import weights_sha256
 
 # Names that vLLM gives dtypes.
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What an engine is built with."""
-
-    base: str
-    tokenizer: str
-    dtype: torch.dtype
-    device: str
-    quantised: bool
-    """The base is NF4 (adapter sync only; merged folders are already dequantised)."""
-    lora_rank: int
-    max_length: int
-    """Longest prompt plus completion, in tokens."""
-    max_concurrency: int
-    memory_gib: float
-    gpu_memory_share: float
-    seed: int
-    stop_ids: tuple[int, ...]
 
 
 class VllmGenerator:
@@ -50,6 +30,7 @@ class VllmGenerator:
         self._llm: Any = None
         self._loaded: Loaded | None = None
         self._adapter: Any = None
+        self._adapters = 0
         self._checksums: Any = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
@@ -113,16 +94,17 @@ class VllmGenerator:
                 self._start(self.options.base, lora=True)
             from vllm.lora.request import LoRARequest
 
-            # A new id per version: the engine keeps adapters by id.
-            self._adapter = LoRARequest(
-                f"v{published.version}", published.version + 1, str(published.path)
-            )
+            # A new id per load: the engine keeps adapters by id, whatever their files hold now.
+            self._adapters += 1
+            name = f"load-{self._adapters}"
+            self._adapter = LoRARequest(name, self._adapters, str(published.path))
         elif self._llm is None:
             self._start(str(published.path), lora=False)
         else:
             self._llm.collective_rpc(
                 "reload_weights", kwargs={"weights_path": str(published.path)}
             )
+            vllm_compat.refresh_head(self._llm, self.options.device)
         self._llm.reset_prefix_cache()
         if self.options.device != "cpu":
             self._checksums = self._llm.collective_rpc("compute_weight_checksums")
@@ -150,20 +132,16 @@ class VllmGenerator:
 
     def _start(self, model: str, lora: bool) -> None:
         options = self.options
-        vllm_compat.prepare(options.device, options.memory_gib)
+        vllm_compat.prepare()
         vllm_compat.sort_less(options.device)
         from vllm import LLM
 
         extra: dict[str, Any] = {}
         if lora:
+            vllm_compat.score_prompts_with_adapters(options.device)
             extra |= {"enable_lora": True, "max_lora_rank": max(8, options.lora_rank)}
             if options.quantised:
                 extra |= {"quantization": "bitsandbytes"}
-        if options.device != "cpu":
-            extra |= {
-                "gpu_memory_utilization": options.gpu_memory_share,
-                "enable_sleep_mode": True,
-            }
         self._llm = LLM(
             model,
             tokenizer=options.tokenizer,
@@ -176,7 +154,8 @@ class VllmGenerator:
             generation_config="vllm",
             seed=options.seed,
             disable_log_stats=True,
-            **vllm_compat.engine_arguments(options.device, options.max_length),
+            use_tqdm_on_load=False,
+            **vllm_compat.engine_arguments(options),
             **extra,
         )
 

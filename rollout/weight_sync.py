@@ -102,8 +102,12 @@ def _follows(slope: float, error: float) -> Verdict:
     return "pass" if FRESH_SLOPE[0] <= slope <= FRESH_SLOPE[1] else "indistinguishable"
 
 
-def check_loaded(published: Published, loaded: Loaded) -> None:
-    """Raises ParityError unless the generator loaded what was published."""
+def check_loaded(published: Published, loaded: Loaded | None) -> None:
+    """Raises ParityError unless the generator serves what was published to it."""
+    if loaded is None:
+        raise ParityError(
+            f"published version {published.version}, but the generator serves nothing"
+        )
     if (loaded.version, loaded.sha256) != (published.version, published.sha256):
         raise ParityError(
             f"published version {published.version} (SHA-256 {published.sha256[:12]}), but the "
@@ -134,7 +138,7 @@ class Serving:
         self._prompts = probes
         self._log = log
         self._generator: Generator | None = None
-        self._version: int | None = None
+        self._served: Published | None = None
         self._probes: list[Completion] = []
         self._old: np.ndarray | None = None
         self._engine_old: np.ndarray | None = None
@@ -146,7 +150,7 @@ class Serving:
         """
         if self._generator is None:
             self._generator = self._build()
-        if self._version != version:
+        if self._served is None or self._served.version != version:
             self._publish(self._generator, version, policy)
         return self._generator
 
@@ -160,10 +164,8 @@ class Serving:
         if self._generator is None:
             return
         loaded = self._generator.wake()
-        if loaded is not None and loaded.version != self._version:
-            raise ParityError(
-                f"the generator slept with version {self._version} and woke with {loaded.version}"
-            )
+        if self._served is not None:
+            check_loaded(self._served, loaded)
 
     def close(self) -> None:
         """Free the engine and the published copy."""
@@ -184,7 +186,7 @@ class Serving:
         self._log({"version": version, **asdict(result)})
         if result.verdict == "fail":
             raise ParityError(_explain(version, result))
-        self._version, self._old, self._engine_old = version, new, engine
+        self._served, self._old, self._engine_old = published, new, engine
 
     def _write(self, version: int) -> Published:
         path = self._folder / f"version-{version:04d}"

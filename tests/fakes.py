@@ -143,7 +143,7 @@ def raises(prompt: Prompt, completion: Completion) -> dict[str, float | None]:
     raise RuntimeError("the checker's database is down")
 
 
-BROKEN_VALUES = (float("nan"), 1.7, "0.9", None, float("inf"), -0.1, True)
+BROKEN_VALUES = (float("nan"), 1.7, "0.9", None, float("inf"), -0.1)
 
 
 def breaks_on_some(prompt: Prompt, completion: Completion) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,11 @@ def parts(folder: Path) -> pl.DataFrame:
 
 def log_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def first_losses(run: Path) -> list[float]:
+    """Of the first step of each round."""
+    return [e["loss"] for e in log_of(run) if e["stage"] == "train" and e["step"] == 1]
 
 
 def kept(run: Path) -> dict[str, str]:
@@ -179,9 +183,11 @@ def test_training_is_logged_once_a_step_and_starts_at_ln_2(run: Path) -> None:
         } <= set(steps[0])  # fmt: skip
         done = next(e for e in log if e["round"] == version and e["stage"] == "training")
         assert done["planned_steps"] == done["executed_steps"] == len(steps)
-    first = next(e for e in log if e["round"] == 1 and e["stage"] == "train")
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert first["grad_norm"] > 0
+    assert all(e["grad_norm"] > 0 for e in log if e["stage"] == "train")
+    at_start, moved = first_losses(run)
+    assert at_start == pytest.approx(math.log(2), abs=1e-4)
+    # Round 2 goes on from round 1, and is still held to the start.
+    assert abs(moved - math.log(2)) > 1e-3
 
 
 def test_the_kl_to_the_start_is_of_the_policy_that_was_trained(run: Path) -> None:
@@ -307,7 +313,19 @@ def test_an_inconclusive_gate_does_what_was_asked(
     assert read(run / "status.json")["state"] == state
 
 
-Spoil = Callable[[dict[str, Any]], None]
+def test_a_round_that_drifts_too_far_from_the_start_is_not_promoted(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    drift = {"max_kl": 0.05, "rule": "point"}
+    far = {"learning_rate": 0.03, "epochs": 2}
+    values = short(tmp_path, tiny_model, gates=drift, learner=far)
+    assert train(config(values)) == 3
+    run = folder_of(values)
+    kl = read(run / "rounds/0001/kl.json")["kl"]
+    assert kl > 0.05
+    gates = read(run / "rounds/0001/gates.json")["gates"]
+    assert [gate["verdict"] for gate in gates] == ["pass", "fail"]
+    assert gates[1]["value"] == pytest.approx(kl)
 
 
 def failure(values: dict[str, Any]) -> str:
@@ -382,13 +400,30 @@ def test_a_stale_generator_ends_the_run(
     assert not (run / "rounds/0001/evaluation/completions").exists(), "nothing it said was kept"
 
 
-def test_a_reference_that_moves_starts_each_round_at_ln_2(
-    tiny_model: Path, tmp_path: Path
-) -> None:
-    values = short(tmp_path, tiny_model, rounds={"count": 2, "reference": "round_start"})
+@pytest.fixture(scope="module")
+def declining(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rounds, each a little worse than the one before, each promoted by lenient gates."""
+    values = short(
+        tmp_path_factory.mktemp("declining"),
+        tiny_model,
+        "worse_by_version",
+        rounds={"count": 2, "reference": "round_start"},
+        gates={"max_kl": 100.0},
+    )
     assert train(config(values)) == 0
-    firsts = [e for e in log_of(folder_of(values)) if e["stage"] == "train" and e["step"] == 1]
-    assert [e["loss"] for e in firsts] == pytest.approx([math.log(2)] * 2, abs=1e-4)
+    return folder_of(values)
+
+
+def test_a_reference_that_moves_starts_each_round_at_ln_2(declining: Path) -> None:
+    assert first_losses(declining) == pytest.approx([math.log(2)] * 2, abs=1e-4)
+
+
+def test_the_best_round_is_claimed_not_the_last(declining: Path) -> None:
+    status = read(declining / "status.json")
+    assert (status["promoted"], status["best_round"]) == ([1, 2], 1)
+    assert set(parts(declining / "final/best/completions")["policy_version"]) == {1}
+    # Each round is judged against the best so far, and the start is the best of all.
+    assert [read(declining / f"rounds/000{i}/gates.json")["against"] for i in (1, 2)] == [0, 0]
 
 
 def test_full_fine_tuning_leaves_a_model_that_transformers_loads(
