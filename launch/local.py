@@ -83,9 +83,9 @@ class _wired:
         from rollout.weight_sync import Serving
 
         hush_transformers()
-        path = materialise(str(resolve_path(config.model.path)) if _is_file(config) else (
-            config.model.path
-        ))
+        path = materialise(
+            str(resolve_path(config.model.path)) if _is_file(config) else (config.model.path)
+        )
         pools = load_pools(
             config.prompts, config.run.seed, prompt_encoder(load_tokenizer(config.model, path))
         )
@@ -141,7 +141,8 @@ def _generator(config: RunConfig, plan: Plan, policy: Any, pools: Pools) -> Gene
             plan.device,
             rollout.max_concurrency,
         )
-    from rollout.vllm_generator import EngineOptions, VllmGenerator
+    from rollout.vllm_compat import EngineOptions
+    from rollout.vllm_generator import VllmGenerator
 
     longest = max(len(p.token_ids) for p in (*pools.train, *pools.gate, *pools.final))
     return VllmGenerator(

@@ -10,7 +10,7 @@ class PairloopError(Exception):
 
 
 class InputError(PairloopError, ValueError):
-    """What the user gave can't be used: names the field or file, the rule, the value, the remedy."""
+    """What the user gave can't be used: names the field or file, rule, value and remedy."""
 
     exit_status = 2
 

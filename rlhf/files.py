@@ -137,7 +137,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty staging folder to fill; on success all of it is fsynced and named `path`.
 
     A folder already at `path` is moved aside first and then removed, so a kill in between leaves no
-    folder under that name, never a mixture. On an exception the staging folder is removed and an old folder put back.
+    folder under that name, never a mixture. On an exception the staging folder is removed and an
+    old folder put back.
     """
     with reports_full_disk(path):
         make_folder(path.parent)
@@ -190,7 +191,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON object that `write_json` wrote; anything else is an `InputError` with `remedy`."""
+    """Read a JSON object that `write_json` wrote; all else is an `InputError` with `remedy`."""
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
@@ -213,7 +214,7 @@ def read_parquet(path: Path) -> pl.DataFrame:
 
 
 class FolderLock:
-    """A kernel lock on `folder/.lock`: held until `release` or the process's death, however it dies.
+    """A kernel lock on `folder/.lock`: held until `release` or the process's death of any kind.
 
     Raises `InputError` naming the holder when another process, or this one, holds it already.
     """

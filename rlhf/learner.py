@@ -252,11 +252,12 @@ class Learner:
         batch = collate(sequences, self.policy.pad_id, self.policy.device)
         with self.policy.autocast():
             sums_2B = sequence_logps(token_logps(model, batch, self.policy.model), batch)
-        like = {"dtype": sums_2B.dtype, "device": sums_2B.device}
+        chosen_B, rejected_B = sums_2B.chunk(2)
         logps = PairLogps(
-            *sums_2B.split(len(micro)),
-            torch.tensor([e.reference_chosen for e in micro], **like),
-            torch.tensor([e.reference_rejected for e in micro], **like),
+            chosen_B,
+            rejected_B,
+            sums_2B.new_tensor([e.reference_chosen for e in micro]),
+            sums_2B.new_tensor([e.reference_rejected for e in micro]),
         )
         objective = OBJECTIVES[self.config.objective.name]
         beta = self.config.objective.beta

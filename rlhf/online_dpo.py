@@ -199,9 +199,7 @@ class Stages:
 
         @cache
         def selected() -> Any:
-            return select_pairs(
-                completions, scores, self.parts.prompt_table(prompts), self.rules
-            )
+            return select_pairs(completions, scores, self.parts.prompt_table(prompts), self.rules)
 
         with self._timed(round, "pairs") as note:
             funnel = round.record("funnel", lambda: selected().funnel)
@@ -272,9 +270,7 @@ class Stages:
         self._score_held_out(round, "evaluation", self.parts.gate, version)
         if version > 0 and not round.done("kl"):
             prompts = self.parts.gate[: self.config.evaluation.kl_prompts]
-            fresh = Sampling(
-                1, 1.0, 1.0, self.config.rollout.max_new_tokens, self.config.run.seed
-            )
+            fresh = Sampling(1, 1.0, 1.0, self.config.rollout.max_new_tokens, self.config.run.seed)
             drawn = self.generate(round, "evaluation/fresh", prompts, version, fresh)
             with self._timed(round, "kl"):
                 round.record("kl", lambda: self._kl(drawn, version))

@@ -7,6 +7,7 @@ precision, or in NF4.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -60,21 +61,29 @@ def materialise(path: str) -> str:
     target = model_cache() / f"{source.stem}-{digest}"
     if target.is_dir():
         return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f"{target.name}.lock").open("w") as lock:
+        # Two runs may start at once: the second waits, and takes what the first converted.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            _convert(source, target)
+    return str(target)
+
+
+def _convert(source: Path, target: Path) -> None:
     from transformers import GgufConfig
 
     folder, file_name = str(source.parent), source.name
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=file_name,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file_name)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target) as staging:
         model.to(torch.bfloat16).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-    return str(target)
 
 
 def load_tokenizer(config: Model, path: str) -> PreTrainedTokenizerBase:
@@ -107,7 +116,7 @@ def prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Mes
 
     def encode(messages: Sequence[Message]) -> list[int]:
         encoded: Any = tokenizer.apply_chat_template(
-            [dict(m) for m in messages],
+            [{"role": m["role"], "content": m["content"]} for m in messages],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -247,12 +256,14 @@ class Policy:
 
     def merged_weights(self) -> dict[str, Tensor]:
         """Name -> weight of the plain model, adapter added in fp32, tied copies left out."""
-        plain = self.model.get_base_model() if self.adapted else self.model  # type: ignore[operator]
-        adapted = {n: m for n, m in plain.named_modules() if isinstance(m, LoraLayer)}
+        plain = self._plain()
+        adapted: dict[str, Any] = {
+            n: m for n, m in plain.named_modules() if isinstance(m, LoraLayer)
+        }
         weights: dict[str, Tensor] = {}
-        for name, module in adapted.items():
-            layer = module.get_base_layer()
-            delta = module.get_delta_weight("default").float()
+        for name, adapter in adapted.items():
+            layer: Any = adapter.get_base_layer()
+            delta = adapter.get_delta_weight("default").float()
             weights[f"{name}.weight"] = _dequantised(layer.weight).float() + delta
             if getattr(layer, "bias", None) is not None:
                 weights[f"{name}.bias"] = layer.bias
@@ -282,16 +293,21 @@ class Policy:
         )
         config.dtype = dtype
         config.save_pretrained(folder)
-        plain = self.model.get_base_model() if self.adapted else self.model  # type: ignore[operator]
+        plain = self._plain()
         if plain.generation_config is not None:
             plain.generation_config.save_pretrained(folder)
 
     def _tied(self) -> dict[str, str]:
         """Weights that are another's under a second name -> that other's name."""
-        plain = self.model.get_base_model() if self.adapted else self.model  # type: ignore[operator]
+        plain = self._plain()
         if not getattr(plain.config, "tie_word_embeddings", False):
             return {}
         return dict(getattr(plain, "all_tied_weights_keys", None) or {})
+
+    def _plain(self) -> Any:
+        """The model without its adapter's wrapper."""
+        model: Any = self.model
+        return model.get_base_model() if self.adapted else model
 
     def _load_base(self) -> nn.Module:
         quantised = self.config.tuning == "qlora"
@@ -307,7 +323,7 @@ class Policy:
             )
             options["device_map"] = {"": self.device}
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 revision=self.config.revision,
                 trust_remote_code=self.config.trust_remote_code,
@@ -323,14 +339,17 @@ class Policy:
                 f"model.tuning {self.config.tuning}: {error}; pip install 'pairloop[qlora]'"
             ) from None
         if not quantised:
-            return model.to(self.device)
+            placed: nn.Module = model.to(self.device)
+            return placed
+        module: Any
         for module in model.modules():
             # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks and rounds an NF4 weight in place
             # when it first runs in eval mode: its gradients and what it dequantises to are wrong
             # from then on.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        return model
+        loaded: nn.Module = model
+        return loaded
 
     def _check_mergeable(self) -> None:
         """Only a plain LoRA off the tied weights is the same model when merged and when adapted."""
@@ -367,7 +386,7 @@ class Policy:
         lora = self.config.lora
         return LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.alpha,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # only ever divided
             lora_dropout=lora.dropout,
             target_modules=lora.target_modules,
             task_type="CAUSAL_LM",

@@ -90,8 +90,8 @@ def model_card(config: RunConfig, index: int, pairs: pl.DataFrame) -> str:
 
 # {config.run.name}, round {index}
 
-{tuning[config.model.tuning]} of `{config.model.path}`, trained by pairloop on {pairs.height} pairs of
-the policy's own answers (round {index}, mean margin {margin:.3f}) with
+{tuning[config.model.tuning]} of `{config.model.path}`, trained by pairloop on {pairs.height} pairs
+of the policy's own answers (round {index}, mean margin {margin:.3f}) with
 {config.objective.name.upper()}, beta {config.objective.beta:g}, learning rate
 {config.learning_rate:g}, reference {config.rounds.reference}.
 

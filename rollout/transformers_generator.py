@@ -141,7 +141,9 @@ class TransformersGenerator:
         self._model = None
 
     def _read(self, path: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=self.dtype, use_safetensors=True
+        )
         # `generate` fills every setting that it is not given from this one: a folder's own
         # repetition penalty, say, would change the distribution that is sampled from.
         model.generation_config = GenerationConfig()
@@ -230,7 +232,7 @@ class TransformersGenerator:
         return Completion(
             prompt.prompt_id,
             sample,
-            self.tokenizer.decode(said, skip_special_tokens=True).strip(),
+            str(self.tokenizer.decode(said, skip_special_tokens=True)).strip(),
             tuple(kept),
             prompt.token_ids,
             tuple(logps[: len(kept)]),

@@ -79,11 +79,10 @@ def sort_less(device: str) -> None:
     if getattr(original, "sorts_less", False):
         return
 
-    def apply(
-        logits: torch.Tensor, k: Any, p: Any, allow_cpu_sync: bool = False
-    ) -> torch.Tensor:
+    def apply(logits: torch.Tensor, k: Any, p: Any, allow_cpu_sync: bool = False) -> torch.Tensor:
         if k is not None or p is None:
-            return original(logits, k, p, allow_cpu_sync)
+            filtered: torch.Tensor = original(logits, k, p, allow_cpu_sync)
+            return filtered
         return keep_nucleus(logits, p)
 
     apply.sorts_less = True  # type: ignore[attr-defined]
@@ -138,7 +137,8 @@ def score_prompts_with_adapters(device: str) -> None:
     ) -> None:
         indices = self.sampler_indices
         if len(indices) == len(x):
-            return original(self, y, x, lora_a_stacked, lora_b_stacked, scale, **options)
+            original(self, y, x, lora_a_stacked, lora_b_stacked, scale, **options)
+            return
         indices = indices[:1].expand(len(x))
         buffer = x.new_zeros((len(x), lora_b_stacked.size(-1)), dtype=torch.float32)
         bgmv_shrink(x, lora_a_stacked, buffer, indices, scale)

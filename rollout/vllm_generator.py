@@ -35,9 +35,9 @@ class VllmGenerator:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """See `Generator.generate`. Samples depend on what else is in the batch."""
+        assert self._loaded is not None, "load a policy version before sampling"
         from vllm import SamplingParams
 
-        assert self._loaded is not None, "load a policy version before sampling"
         parameters = [
             SamplingParams(
                 n=sampling.samples,
@@ -101,9 +101,7 @@ class VllmGenerator:
         elif self._llm is None:
             self._start(str(published.path), lora=False)
         else:
-            self._llm.collective_rpc(
-                "reload_weights", kwargs={"weights_path": str(published.path)}
-            )
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(published.path)})
             vllm_compat.refresh_head(self._llm, self.options.device)
         self._llm.reset_prefix_cache()
         if self.options.device != "cpu":
@@ -170,5 +168,3 @@ class VllmGenerator:
                 lora_request=self._adapter,
             )
         )
-
-

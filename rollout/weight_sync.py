@@ -85,9 +85,7 @@ def parity(
     moved = float(np.abs(change).mean())
     power = float((change**2).sum())
     if not good or power == 0:
-        return Parity(
-            gap, tolerance, moved, None, None, "indistinguishable" if good else "fail"
-        )
+        return Parity(gap, tolerance, moved, None, None, "indistinguishable" if good else "fail")
     slope = float((followed * change).sum() / power)
     noise = max((engine_old - old).std(), (followed - slope * change).std())
     error = float(noise / np.sqrt(power))

@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no failure, and the same examples are tried every time.
+settings.register_profile("pairloop", deadline=None, derandomize=True)
+settings.load_profile("pairloop")
 
 # Tests never ask a hub; a user's own setting wins.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -11,7 +11,7 @@ import torch
 
 from rlhf.policy import Policy
 from rlhf.protocols import Loaded, Published
-from rlhf.types import Completion, Prompt
+from rlhf.types import Completion, Message, Prompt
 from rollout.transformers_generator import TransformersGenerator
 from rollout.weight_sync import weights_sha256
 
@@ -68,9 +68,7 @@ def run_values(
                     "dimensions": ["correctness", "style"],
                 }
             ],
-            "audit": [
-                {"name": "onlooker", "function": f"{here}:words", "dimensions": ["words"]}
-            ],
+            "audit": [{"name": "onlooker", "function": f"{here}:words", "dimensions": ["words"]}],
         },
         "selection": {
             "floors": {},
@@ -135,7 +133,6 @@ def indifferent(prompt: Prompt, completion: Completion) -> dict[str, float | Non
 
 def silent(prompt: Prompt, completion: Completion) -> None:
     """Never has a score."""
-    return None
 
 
 def raises(prompt: Prompt, completion: Completion) -> dict[str, float | None]:
@@ -199,5 +196,5 @@ def prompts_of(encode: Any, texts: Sequence[str]) -> list[Prompt]:
     return [
         Prompt(f"p{i}", (message,), token_ids=tuple(encode([message])))
         for i, text in enumerate(texts)
-        for message in [{"role": "user", "content": text}]
+        for message in [Message(role="user", content=text)]
     ]

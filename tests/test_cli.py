@@ -244,7 +244,9 @@ def test_a_dry_run_shows_config_and_plan_and_trains_nothing(
     install("launch.local", "rehearse", lambda config: "prompts: enough")
     assert cli.main(["train", config, "--dry-run", "--run.seed", "5"]) == 0
     shown = capsys.readouterr().out
-    assert "  seed: 5\n" in shown and shown.endswith("plan for org/model\nprompts: enough\n") and not trained
+    assert "  seed: 5\n" in shown
+    assert shown.endswith("plan for org/model\nprompts: enough\n")
+    assert not trained
 
 
 def test_the_demo_takes_its_preset_folder_and_settings(

@@ -28,7 +28,8 @@ from rlhf.policy import Policy, prompt_encoder
 from rlhf.protocols import Generator, Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
 from rollout.transformers_generator import TransformersGenerator
-from rollout.vllm_generator import EngineOptions, VllmGenerator
+from rollout.vllm_compat import EngineOptions
+from rollout.vllm_generator import VllmGenerator
 from rollout.weight_sync import weights_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +97,7 @@ def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=noise)
+            parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.02)
     model.save_pretrained(folder / "weights")
     shutil.copy(folder / "weights" / "model.safetensors", folder / "1" / "model.safetensors")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -139,7 +140,7 @@ def next_token_logps(folder: Path, completion: Completion) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([[*completion.prompt_token_ids, *completion.token_ids]])
     with torch.no_grad():
-        logits = model(ids).logits[0].double()
+        logits: Tensor = model(ids).logits[0].double()
     return logits[len(completion.prompt_token_ids) - 1 : -1].log_softmax(-1)
 
 
@@ -185,9 +186,7 @@ def test_an_end_token_is_there_only_where_it_was_sampled(
     assert {c.finish_reason for c in plain} == {"stop", "length"}
 
 
-def test_text_is_what_the_tokens_say_without_the_end(
-    plain: list[Completion], world: World
-) -> None:
+def test_text_is_what_the_tokens_say_without_the_end(plain: list[Completion], world: World) -> None:
     for completion in plain:
         ids = completion.token_ids[: -1 if completion.finish_reason == "stop" else None]
         assert completion.text == world.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -220,9 +219,7 @@ def test_behaviour_logps_are_of_the_distribution_sampled_from(
     assert abs(surprise - entropy) < 4 * variance**0.5
 
 
-def test_logps_do_not_depend_on_the_company(
-    generator: Generator, plain: list[Completion]
-) -> None:
+def test_logps_do_not_depend_on_the_company(generator: Generator, plain: list[Completion]) -> None:
     mixed = plain[::2]
     assert close(generator.logps(mixed), [generator.logps([c])[0] for c in mixed])
 
@@ -253,17 +250,13 @@ def test_a_new_version_is_served_from_the_load_on(
     assert close(generator.logps(some), before)
 
 
-def test_the_hash_is_of_what_was_read(
-    generator: Generator, world: World, tmp_path: Path
-) -> None:
+def test_the_hash_is_of_what_was_read(generator: Generator, world: World) -> None:
     first, second = world.versions
     claimed = Published(2, second.path, "merged", first.sha256)
     assert generator.load(claimed) == Loaded(2, second.sha256)
 
 
-def test_sleep_changes_nothing(
-    generator: Generator, plain: list[Completion], world: World
-) -> None:
+def test_sleep_changes_nothing(generator: Generator, plain: list[Completion], world: World) -> None:
     before = generator.logps(plain[:3])
     generator.sleep()
     assert generator.wake() == Loaded(0, world.versions[0].sha256)
@@ -357,9 +350,7 @@ def probes(world: World) -> list[Completion]:
     ]
 
 
-def test_transformers_hot_loads_adapters(
-    adapters: Adapters, world: World, tmp_path: Path
-) -> None:
+def test_transformers_hot_loads_adapters(adapters: Adapters, world: World, tmp_path: Path) -> None:
     generator = TransformersGenerator(
         str(adapters.base), world.tokenizer, world.stop_ids, torch.float32, "cpu", 8
     )

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import VOCABULARY, save_small_model
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -69,6 +70,11 @@ def config_for(folder: Path, **sections: dict[str, Any]) -> RunConfig:
     )
 
 
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("small") / "model")
+
+
 def make_learner(config: RunConfig) -> Learner:
     return Learner(Policy(config.model, config.model.path, "cpu", config.run.seed), config)
 
@@ -78,7 +84,7 @@ def make_pairs(count: int, seed: int = 0) -> pl.DataFrame:
     rng = np.random.default_rng(seed)
 
     def ids(most: int) -> list[int]:
-        return [int(i) for i in rng.integers(100, 40_000, rng.integers(1, most))]
+        return [int(i) for i in rng.integers(10, VOCABULARY, rng.integers(1, most))]
 
     rows = [
         {
@@ -163,31 +169,34 @@ def gradients_seen() -> Iterator[list[list[Tensor]]]:
         handle.remove()
 
 
-def first_gradients(learner: Learner, pairs: pl.DataFrame, state: Path) -> tuple[Tensor, float]:
+def first_gradients(
+    learner: Learner, pairs: pl.DataFrame, state: Path, reference: pl.DataFrame | None = None
+) -> tuple[Tensor, float]:
     """(all gradients of one step as one vector, its loss), away from the reference."""
     with gradients_seen() as seen:
-        _, log = train(moved(learner), pairs, state, round_index=2)
+        _, log = train(moved(learner), pairs, state, round_index=2, reference=reference)
     assert len(seen) == 1
     return torch.cat([g.flatten() for g in seen[0]]), log.metrics[0]["loss"]
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_micro_batches_leave_the_step_as_it_is_in_float64(
-    tiny_model: Path, tmp_path: Path, tuning: str
+    small_model: Path, tmp_path: Path, tuning: str
 ) -> None:
-    pairs = make_pairs(8)
-    found = []
+    pairs, reference, found = make_pairs(8), None, []
     # 3 + 3 + 2 too: a mean of micro-batch means would weigh the last pairs more.
     for size in (8, 4, 3, 1):
         learner = make_learner(
             config_for(
-                tiny_model,
+                small_model,
                 model={"tuning": tuning},
                 learner={"micro_batch_pairs": size, "max_grad_norm": 1e9},
             )
         )
         learner.policy.model.double()
-        found.append(first_gradients(learner, pairs, tmp_path / str(size)))
+        if reference is None:
+            reference = learner.reference_logps(pairs)
+        found.append(first_gradients(learner, pairs, tmp_path / str(size), reference))
     (whole, loss), *cut = found
     assert whole.dtype is torch.float64 and whole.norm() > 1e-2
     assert abs(loss - math.log(2)) > 1e-3
@@ -198,13 +207,13 @@ def test_micro_batches_leave_the_step_as_it_is_in_float64(
 
 @pytest.mark.parametrize("tuning", ["lora", "qlora"])
 def test_micro_batches_leave_the_step_as_it_is_in_fp32(
-    tiny_model: Path, tmp_path: Path, tuning: str
+    small_model: Path, tmp_path: Path, tuning: str
 ) -> None:
     pairs = make_pairs(8)
     found = []
     for size in (8, 4, 1):
         config = config_for(
-            tiny_model, model={"tuning": tuning}, learner={"micro_batch_pairs": size}
+            small_model, model={"tuning": tuning}, learner={"micro_batch_pairs": size}
         )
         found.append(first_gradients(make_learner(config), pairs, tmp_path / str(size)))
     (whole, loss), *cut = found
@@ -215,12 +224,12 @@ def test_micro_batches_leave_the_step_as_it_is_in_fp32(
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_gradient_checkpointing_changes_no_gradient(
-    tiny_model: Path, tmp_path: Path, tuning: str
+    small_model: Path, tmp_path: Path, tuning: str
 ) -> None:
     found = []
     for on in (False, True):
         config = config_for(
-            tiny_model, model={"tuning": tuning}, learner={"gradient_checkpointing": on}
+            small_model, model={"tuning": tuning}, learner={"gradient_checkpointing": on}
         )
         state = tmp_path / str(on)
         found.append(first_gradients(make_learner(config), make_pairs(4), state)[0])
@@ -259,8 +268,8 @@ def test_every_tuning_and_precision_lowers_the_loss(
     assert log.metrics[-1]["accuracy"] > 0.7
 
 
-def test_metrics_are_those_of_the_whole_step(tiny_model: Path, tmp_path: Path) -> None:
-    config = config_for(tiny_model, learner={"micro_batch_pairs": 3})
+def test_metrics_are_those_of_the_whole_step(small_model: Path, tmp_path: Path) -> None:
+    config = config_for(small_model, learner={"micro_batch_pairs": 3})
     learner = moved(make_learner(config))
     pairs = make_pairs(8)
     policy = sums(learner, pairs)
@@ -298,8 +307,8 @@ def sums(learner: Learner, pairs: pl.DataFrame) -> np.ndarray[Any, np.dtype[np.f
 
 
 @pytest.mark.parametrize("kind", ["initial", "round_start"])
-def test_reference_logps_are_those_of_the_reference(tiny_model: Path, kind: str) -> None:
-    learner = moved(make_learner(config_for(tiny_model, rounds={"reference": kind})))
+def test_reference_logps_are_those_of_the_reference(small_model: Path, kind: str) -> None:
+    learner = moved(make_learner(config_for(small_model, rounds={"reference": kind})))
     before, pairs = trained(learner), make_pairs(7)
     table = learner.reference_logps(pairs)
     assert table.schema == REFERENCE
@@ -312,10 +321,10 @@ def test_reference_logps_are_those_of_the_reference(tiny_model: Path, kind: str)
     assert other == 0 if kind == "round_start" else other > 0.1
 
 
-def test_reference_logps_are_joined_by_pair_not_by_row(tiny_model: Path, tmp_path: Path) -> None:
+def test_reference_logps_are_joined_by_pair_not_by_row(small_model: Path, tmp_path: Path) -> None:
     pairs, weights = make_pairs(8), []
     for shuffled in (False, True):
-        learner = moved(make_learner(config_for(tiny_model)))
+        learner = moved(make_learner(config_for(small_model)))
         reference = learner.reference_logps(pairs)
         if shuffled:
             reference = reference.sample(fraction=1, shuffle=True, seed=1)
@@ -324,8 +333,8 @@ def test_reference_logps_are_joined_by_pair_not_by_row(tiny_model: Path, tmp_pat
     assert same(weights[0][-1], weights[1][-1])
 
 
-def test_logps_come_back_in_the_order_of_the_completions(tiny_model: Path) -> None:
-    learner = moved(make_learner(config_for(tiny_model)))
+def test_logps_come_back_in_the_order_of_the_completions(small_model: Path) -> None:
+    learner = moved(make_learner(config_for(small_model)))
     pairs = make_pairs(7)
     completions = [
         Completion("p", i, "", tuple(row[side]), tuple(row["prompt_token_ids"]), (), "stop", 0)
@@ -340,9 +349,11 @@ def test_logps_come_back_in_the_order_of_the_completions(tiny_model: Path) -> No
 
 
 def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
-    tiny_model: Path, tmp_path: Path
+    small_model: Path, tmp_path: Path
 ) -> None:
-    config = config_for(tiny_model, learner={"epochs": 2, "batch_pairs": 3, "micro_batch_pairs": 3})
+    config = config_for(
+        small_model, learner={"epochs": 2, "batch_pairs": 3, "micro_batch_pairs": 3}
+    )
     learner, pairs = make_learner(config), make_pairs(8)
     reference = learner.reference_logps(pairs)
     seen: list[list[tuple[int, ...]]] = []
@@ -366,9 +377,9 @@ def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
 
 
 def test_gradients_are_clipped_and_their_full_norm_reported(
-    tiny_model: Path, tmp_path: Path
+    small_model: Path, tmp_path: Path
 ) -> None:
-    learner = make_learner(config_for(tiny_model, learner={"max_grad_norm": 1e-3}))
+    learner = make_learner(config_for(small_model, learner={"max_grad_norm": 1e-3}))
     with gradients_seen() as seen:
         _, log = train(learner, make_pairs(8), tmp_path)
     norm = torch.cat([g.flatten() for g in seen[0]]).norm().item()
@@ -376,8 +387,8 @@ def test_gradients_are_clipped_and_their_full_norm_reported(
     assert log.metrics[0]["grad_norm"] > 1e-2
 
 
-def test_a_round_without_pairs_trains_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    learner = make_learner(config_for(tiny_model))
+def test_a_round_without_pairs_trains_nothing(small_model: Path, tmp_path: Path) -> None:
+    learner = make_learner(config_for(small_model))
     before = trained(learner)
     result, log = train(learner, make_pairs(1).clear(), tmp_path)
     assert result == Trained(0, 0, 0, None) and not log.steps
@@ -385,7 +396,7 @@ def test_a_round_without_pairs_trains_nothing(tiny_model: Path, tmp_path: Path) 
 
 
 def test_accelerates_environment_sets_neither_precision_nor_accumulation(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
@@ -393,7 +404,7 @@ def test_accelerates_environment_sets_neither_precision_nor_accumulation(
     GradientState._reset_state()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    accelerator = make_learner(config_for(tiny_model)).accelerator
+    accelerator = make_learner(config_for(small_model)).accelerator
     assert accelerator.mixed_precision == "no"
     assert accelerator.gradient_accumulation_steps == 1
 
@@ -428,10 +439,10 @@ def train_breaking(
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_non_finite_loss_or_gradient_never_reaches_the_weights(
-    tiny_model: Path, tmp_path: Path, precision: str, what: str
+    small_model: Path, tmp_path: Path, precision: str, what: str
 ) -> None:
     config = config_for(
-        tiny_model, model={"precision": precision}, learner={"batch_pairs": 2, "epochs": 2}
+        small_model, model={"precision": precision}, learner={"batch_pairs": 2, "epochs": 2}
     )
     learner = make_learner(config)
     error, log = train_breaking(learner, make_pairs(4), tmp_path, {3}, what)
@@ -449,10 +460,10 @@ def scales(state: Path) -> float:
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_an_fp16_overflow_skips_its_step_and_halves_the_scale(
-    tiny_model: Path, tmp_path: Path, what: str
+    small_model: Path, tmp_path: Path, what: str
 ) -> None:
     config = config_for(
-        tiny_model,
+        small_model,
         model={"precision": "fp16"},
         learner={"batch_pairs": 2, "epochs": 2, "checkpoint_steps": 1, "max_skipped_steps": 2},
     )
@@ -480,9 +491,9 @@ def test_an_fp16_overflow_skips_its_step_and_halves_the_scale(
     assert all(w.isfinite().all() for w in weights[-1].values())
 
 
-def test_fp16_overflows_in_a_row_stop_the_run(tiny_model: Path, tmp_path: Path) -> None:
+def test_fp16_overflows_in_a_row_stop_the_run(small_model: Path, tmp_path: Path) -> None:
     config = config_for(
-        tiny_model,
+        small_model,
         model={"precision": "fp16"},
         learner={"batch_pairs": 2, "epochs": 2, "max_skipped_steps": 2},
     )
@@ -496,9 +507,9 @@ def test_fp16_overflows_in_a_row_stop_the_run(tiny_model: Path, tmp_path: Path) 
 
 
 def test_a_first_loss_that_is_not_ln_2_stops_before_any_update(
-    tiny_model: Path, tmp_path: Path
+    small_model: Path, tmp_path: Path
 ) -> None:
-    learner, pairs = make_learner(config_for(tiny_model)), make_pairs(8)
+    learner, pairs = make_learner(config_for(small_model)), make_pairs(8)
     before = trained(learner)
     wrong = learner.reference_logps(pairs).with_columns(pl.col("reference_chosen") + 0.5)
     with pytest.raises(NonFiniteError, match=r"round 1: the first step's DPO loss is 0\.7.*ln 2"):
@@ -507,26 +518,26 @@ def test_a_first_loss_that_is_not_ln_2_stops_before_any_update(
 
 
 def test_the_first_loss_is_checked_only_where_policy_and_reference_agree(
-    tiny_model: Path, tmp_path: Path
+    small_model: Path, tmp_path: Path
 ) -> None:
     pairs = make_pairs(8)
-    later = moved(make_learner(config_for(tiny_model)), 0.1)
+    later = moved(make_learner(config_for(small_model)), 0.1)
     result, _ = train(later, pairs, tmp_path / "later", round_index=2)
     assert result.first_loss is not None and abs(result.first_loss - math.log(2)) > 1e-3
 
-    moving = config_for(tiny_model, rounds={"reference": "round_start"})
+    moving = config_for(small_model, rounds={"reference": "round_start"})
     result, _ = train(moved(make_learner(moving), 0.1), pairs, tmp_path / "moving", round_index=2)
     assert result.first_loss == pytest.approx(math.log(2), abs=1e-4)
 
     # Dropout in training, none in the reference pass: no fault of the weights.
-    noisy = config_for(tiny_model, rounds={"reference": "round_start"}, lora={"dropout": 0.3})
+    noisy = config_for(small_model, rounds={"reference": "round_start"}, lora={"dropout": 0.3})
     result, _ = train(moved(make_learner(noisy), 0.1), pairs, tmp_path / "noisy", round_index=2)
     assert result.first_loss is not None and abs(result.first_loss - math.log(2)) > 1e-3
 
 
-def resumable(tiny_model: Path, **learner: Any) -> RunConfig:
+def resumable(small_model: Path, **learner: Any) -> RunConfig:
     return config_for(
-        tiny_model,
+        small_model,
         lora={"dropout": 0.1},
         learner={"batch_pairs": 3, "micro_batch_pairs": 2, "epochs": 2, **learner},
     )
@@ -543,8 +554,8 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    learner, pairs = make_learner(resumable(tiny_model)), make_pairs(6)
+def whole(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    learner, pairs = make_learner(resumable(small_model)), make_pairs(6)
     reference = learner.reference_logps(pairs)
     result, log = train(
         learner, pairs, tmp_path_factory.mktemp("whole"), round_index=3, reference=reference
@@ -555,7 +566,7 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_a_stop_after_any_step_and_a_resume_change_no_byte(
-    tiny_model: Path, tmp_path: Path, whole: Whole, stop: int
+    small_model: Path, tmp_path: Path, whole: Whole, stop: int
 ) -> None:
     calls = 0
 
@@ -568,7 +579,7 @@ def test_a_stop_after_any_step_and_a_resume_change_no_byte(
     def go(check: Callable[[], None]) -> tuple[Trained, Log]:
         # What this process drew before must not matter.
         torch.rand(stop)
-        learner = make_learner(resumable(tiny_model))
+        learner = make_learner(resumable(small_model))
         reference = whole.reference
         return train(
             learner, whole.pairs, tmp_path, round_index=3, check=check, reference=reference
@@ -585,7 +596,7 @@ def test_a_stop_after_any_step_and_a_resume_change_no_byte(
 
 
 def test_a_kill_between_checkpoints_repeats_the_steps_since_the_last(
-    tiny_model: Path, tmp_path: Path, whole: Whole
+    small_model: Path, tmp_path: Path, whole: Whole
 ) -> None:
     class Killed(BaseException):
         """The process is gone: nothing is saved on the way out."""
@@ -594,7 +605,7 @@ def test_a_kill_between_checkpoints_repeats_the_steps_since_the_last(
         if step == 3:
             raise Killed
 
-    config = resumable(tiny_model, checkpoint_steps=2)
+    config = resumable(small_model, checkpoint_steps=2)
     with pytest.raises(Killed):
         make_learner(config).train(whole.pairs, whole.reference, 3, tmp_path, kill, never)
     learner = make_learner(config)
@@ -604,11 +615,11 @@ def test_a_kill_between_checkpoints_repeats_the_steps_since_the_last(
 
 
 def test_dropout_and_order_are_fixed_by_seed_and_round(
-    tiny_model: Path, tmp_path: Path, whole: Whole
+    small_model: Path, tmp_path: Path, whole: Whole
 ) -> None:
     for round_index, equal in ((3, True), (4, False)):
         torch.manual_seed(round_index)
-        learner = make_learner(resumable(tiny_model))
+        learner = make_learner(resumable(small_model))
         train(
             learner,
             whole.pairs,
@@ -626,12 +637,12 @@ def flip(path: Path) -> None:
 
 
 def test_a_checkpoint_that_was_touched_is_refused(
-    tiny_model: Path, tmp_path: Path, whole: Whole
+    small_model: Path, tmp_path: Path, whole: Whole
 ) -> None:
     def stop() -> None:
         raise Interrupted("stopped")
 
-    learner = make_learner(resumable(tiny_model))
+    learner = make_learner(resumable(small_model))
     folder = tmp_path / "checkpoint"
 
     def go(check: Callable[[], None]) -> None:
@@ -655,9 +666,9 @@ def test_a_checkpoint_that_was_touched_is_refused(
 
 
 def test_a_checkpoint_names_its_step_and_hashes(
-    tiny_model: Path, tmp_path: Path, whole: Whole
+    small_model: Path, tmp_path: Path, whole: Whole
 ) -> None:
-    config = resumable(tiny_model, checkpoint_steps=3)
+    config = resumable(small_model, checkpoint_steps=3)
     train(make_learner(config), whole.pairs, tmp_path, round_index=3, reference=whole.reference)
     meta = json.loads((tmp_path / "checkpoint" / "checkpoint.json").read_text())
     assert meta["step"] == 3 and meta["skipped"] == 0
@@ -694,9 +705,9 @@ def test_a_schedule_rises_then_never_rises_again_and_every_step_counts(
     assert all(a >= b for a, b in pairwise(rates[peak:]))
 
 
-def test_rates_reach_the_optimizer(tiny_model: Path, tmp_path: Path) -> None:
+def test_rates_reach_the_optimizer(small_model: Path, tmp_path: Path) -> None:
     schedule = {"schedule": "linear", "warmup_share": 0.5, "batch_pairs": 2, "learning_rate": 0.01}
-    learner = make_learner(config_for(tiny_model, learner=schedule))
+    learner = make_learner(config_for(small_model, learner=schedule))
     used: list[float] = []
     handle = register_optimizer_step_pre_hook(
         lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"])
@@ -712,8 +723,8 @@ def test_rates_reach_the_optimizer(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pairs", "batch", "epochs", "steps"), [(0, 4, 3, 0), (1, 4, 1, 1), (8, 4, 2, 4), (9, 4, 2, 6)]
 )
-def test_planned_steps(tiny_model: Path, pairs: int, batch: int, epochs: int, steps: int) -> None:
-    config = config_for(tiny_model, learner={"batch_pairs": batch, "epochs": epochs})
+def test_planned_steps(small_model: Path, pairs: int, batch: int, epochs: int, steps: int) -> None:
+    config = config_for(small_model, learner={"batch_pairs": batch, "epochs": epochs})
     learner = Learner.__new__(Learner)
     learner.settings = config.learner
     assert learner.plan(pairs) == steps

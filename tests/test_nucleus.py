@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_a_peaked_distribution_is_not_sorted_as_a_whole(monkeypatch: pytest.Monk
     asked: list[int] = []
     topk = torch.Tensor.topk
 
-    def noted(self: torch.Tensor, k: int, **options: int) -> object:
+    def noted(self: torch.Tensor, k: int, **options: Any) -> object:
         asked.append(k)
         return topk(self, k, **options)
 

@@ -129,7 +129,8 @@ def ragged_pairs(end: int) -> list[Pair]:
 def a_model_and_a_perturbed_copy(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(dtype)
     reference = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -195,7 +196,7 @@ def losses_and_gradients(
     model, reference = a_model_and_a_perturbed_copy(folder, dtype)
     pairs = ragged_pairs(end=model.config.eos_token_id)
     ours = our_loss(model, reference, pairs, pad=model.config.pad_token_id)
-    ours.backward()  # type: ignore[no-untyped-call]
+    ours.backward()
     our_gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     trainer = trl_trainer(folder, work, model, reference)

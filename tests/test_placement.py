@@ -80,7 +80,7 @@ def test_auto_takes_the_best_the_machine_has(
 def test_what_is_asked_for_is_had_or_refused(
     device: str, engine: str, sync: str, tuning: str, cuda: bool, vllm: bool
 ) -> None:
-    """Never something else in silence: each of the 324 cases keeps to the config, or is an error."""
+    """Never something else in silence: each of the cases keeps to the config, or is an error."""
     refused = (
         (device == "cuda" and not cuda)
         or (engine == "vllm" and not vllm)

@@ -7,12 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from small_models import save_small_model
 from torch import Tensor, nn
 
 from rlhf.config import Lora, Model
@@ -84,61 +84,14 @@ def assert_same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def small_tokenizer() -> Any:
-    """512 words t0 ... t511; t2 ends an answer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(512)}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        unk_token="t0",
-        pad_token="t1",
-        eos_token="t2",
-        chat_template="{% for m in messages %}{{ m['content'] }} t3 {% endfor %}",
-    )
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("untied") / "model", tied=False)
 
 
 @pytest.fixture(scope="session")
-def biased_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a random two-layer Qwen2 folder: biases on q, k and v, its head tied or not."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    def make(tied: bool) -> Path:
-        folder = tmp_path_factory.mktemp("qwen2") / "model"
-        small_tokenizer().save_pretrained(folder)
-        torch.manual_seed(4)
-        model = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=512,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                tie_word_embeddings=tied,
-                initializer_range=0.2,
-            )
-        )
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    parameter.normal_(0, 0.3)
-        model.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def untied(biased_model: Callable[..., Path]) -> Path:
-    return biased_model(tied=False)
-
-
-@pytest.fixture(scope="session")
-def tied(biased_model: Callable[..., Path]) -> Path:
-    return biased_model(tied=True)
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("tied") / "model", tied=True)
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)

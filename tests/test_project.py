@@ -8,6 +8,7 @@ import sys
 import tomllib
 import zipfile
 from importlib import metadata
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,7 +28,7 @@ LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec", "setuptools"}
 def requirements() -> list[Requirement]:
     """Every dependency of the core and of the extras."""
     extras = PROJECT["optional-dependencies"].values()
-    return [Requirement(line) for line in [*PROJECT["dependencies"], *sum(extras, [])]]
+    return [Requirement(line) for line in [*PROJECT["dependencies"], *chain.from_iterable(extras)]]
 
 
 def stated(path: Path) -> list[Requirement]:

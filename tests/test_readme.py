@@ -86,6 +86,7 @@ def test_the_other_commands_of_the_readme_are_known(capsys: pytest.CaptureFixtur
 
 
 def test_files_that_the_readme_names_are_there() -> None:
-    named = set(re.findall(r"`((?:configs|examples|constraints|rollout|rlhf|launch)/[\w./-]+)`", README))
+    rooms = "configs|examples|constraints|rollout|rlhf|launch"
+    named = set(re.findall(rf"`((?:{rooms})/[\w./-]+)`", README))
     assert named
     assert [n for n in named if not (ROOT / n).exists()] == []

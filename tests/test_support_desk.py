@@ -25,9 +25,9 @@ FLOORS = {"correctness": 0.60, "groundedness": 0.55, "problem_solution": 0.60}
 RECORDS = [record for split in SPLITS for record in load_prompts(split)]
 
 PASSAGE = (
-    "You have 30 days to return a lamp. Start the return in My orders and print the label. A courier "
-    "collection costs £12.50, and a shop drop-off on Fridays is free. The refund of up to £1,200 "
-    "comes within 5 working days. Lamps from a sale cannot be returned after 10 days."
+    "You have 30 days to return a lamp. Start the return in My orders and print the label. A "
+    "courier collection costs £12.50, and a shop drop-off on Fridays is free. The refund of up to "
+    "£1,200 comes within 5 working days. Lamps from a sale cannot be returned after 10 days."
 )
 ACTIONS = ["start the return", "my orders", "print the label"]
 

@@ -1,4 +1,4 @@
-"""Each wrong input, as a user meets it: one clear line, exit status 2 (3 where data fails a gate)."""
+"""Each wrong input, as a user meets it: one clear line, status 2 (3 where data fails a gate)."""
 
 from __future__ import annotations
 
@@ -106,9 +106,7 @@ def test_wrong_input_ends_with_2_and_says_what_and_where(
         assert words in message
 
 
-def test_a_missing_config_file_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_config_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(tmp_path / "gone.yaml")]) == 2
     assert "gone.yaml" in capsys.readouterr().err
 
@@ -150,7 +148,5 @@ def test_a_full_disk_ends_with_2_and_the_run_goes_on_once_there_is_room(
     values["run"]["directory"] = str(small_disk)
     assert run(values, tmp_path) == 2
     assert "disk full" in capsys.readouterr().err
-    subprocess.run(
-        ["mount", "-o", "remount,size=200m", str(small_disk)], check=True, timeout=20
-    )
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True, timeout=20)
     assert run(values, tmp_path) == 0

@@ -94,8 +94,7 @@ def _grounded(quantity: Quantity, known: Sequence[Quantity]) -> bool:
     if quantity.value == "1" and quantity.unit is None:
         return True
     return any(
-        quantity.value == other.value
-        and (quantity.unit == other.unit or quantity.unit is None)
+        (quantity.value == other.value and (quantity.unit == other.unit or quantity.unit is None))
         or (quantity.value == other.value and other.unit is None and quantity.unit != "£")
         for other in known
     )

@@ -131,7 +131,7 @@ def _stated(
     passage: Tokens,
     known: Tokens,
 ) -> float:
-    """How well one group is stated: 1, half in a keyword heap, 0 when absent, denied or rivalled."""
+    """How well one group is stated: 1, half in a keyword heap, 0 absent, denied or rivalled."""
     best = 0.0
     for form in group:
         passage_denies = any(negated(passage, at) for at in find(form, passage))

@@ -235,7 +235,7 @@ def quantities(stream: Sequence[Token]) -> list[Quantity]:
 
 
 def find(phrase: str, stream: Sequence[Token]) -> list[int]:
-    """Where a phrase stands in a stream, whole token by whole token ("30 days" not in "130 days")."""
+    """Where a phrase stands in a stream, by whole tokens ("30 days" is not in "130 days")."""
     wanted = words(phrase)
     texts = [token.text for token in stream]
     if not wanted:
