@@ -84,7 +84,7 @@ class _wired:
 
         hush_transformers()
         path = materialise(
-            str(resolve_path(config.model.path)) if _is_file(config) else (config.model.path)
+            str(resolve_path(config.model.path)) if _is_file(config) else config.model.path
         )
         pools = load_pools(
             config.prompts, config.run.seed, prompt_encoder(load_tokenizer(config.model, path))

@@ -400,9 +400,6 @@ class Policy:
         )
         model.load_adapter(adapter, adapter_name="reference", is_trainable=False)
         model.set_adapter("default")
-        for name, parameter in model.named_parameters():
-            if ".reference." in name:
-                parameter.requires_grad_(False)
         return model
 
 

@@ -618,8 +618,8 @@ def test_dropout_and_order_are_fixed_by_seed_and_round(
     small_model: Path, tmp_path: Path, whole: Whole
 ) -> None:
     for round_index, equal in ((3, True), (4, False)):
-        torch.manual_seed(round_index)
         learner = make_learner(resumable(small_model))
+        torch.manual_seed(99)
         train(
             learner,
             whole.pairs,

@@ -438,3 +438,21 @@ def test_full_fine_tuning_leaves_a_model_that_transformers_loads(
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert not (folder / "adapter_config.json").exists()
+
+
+def test_a_mended_judge_scores_the_same_answers_again(tiny_model: Path, tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "from pathlib import Path\n"
+        "def verify(prompt, completion):\n"
+        "    if not Path(__file__).with_name('mended').exists():\n"
+        "        return None\n"
+        "    share = len(set(completion.text)) / 100\n"
+        "    return {'correctness': min(1.0, share), 'style': 0.5}\n"
+    )
+    values = short(tmp_path, tiny_model)
+    values["judges"]["panel"][0]["function"] = f"{judge}:verify"
+    with pytest.raises(DataGateError, match="max_abstention"):
+        train(config(values))
+    (tmp_path / "mended").touch()
+    assert train(config(values)) == 0
