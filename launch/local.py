@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -14,12 +15,15 @@ from launch.terminal import Terminal
 from rlhf.config import RunConfig
 from rlhf.errors import DataGateError, Interrupted, PairloopError
 from rlhf.interrupts import Interrupts
-from rlhf.protocols import Generator
+from rlhf.protocols import Generator, Judge
 from rlhf.rounds import RunStore
 from rlhf.types import scores_table
 from rollout.imports import resolve_path
 from rollout.judges.panel import build, check_abstentions, score_all
 from rollout.prompts import Pools, load_pools, prompt_table, sample_round
+
+if TYPE_CHECKING:
+    from rlhf.online_dpo import Items, Parts
 
 
 def train(config: RunConfig) -> int:
@@ -65,48 +69,46 @@ def rehearse(config: RunConfig) -> str:
     return _counted(load_pools(config.prompts, config.run.seed, None))
 
 
-class _wired:
+@contextmanager
+def _wired(
+    config: RunConfig,
+    plan: Plan,
+    store: RunStore,
+    judges: tuple[Sequence[Judge], Sequence[Judge]],
+    terminal: Terminal,
+    interrupts: Interrupts,
+) -> Iterator[Parts]:
     """The parts of a run; frees the generator at the end."""
+    from rlhf.learner import Learner
+    from rlhf.online_dpo import Parts
+    from rlhf.policy import Policy, load_tokenizer, materialise, prompt_encoder
+    from rollout.weight_sync import Serving
 
-    def __init__(
-        self,
-        config: RunConfig,
-        plan: Plan,
-        store: RunStore,
-        judges: tuple[Sequence[Any], Sequence[Any]],
-        terminal: Terminal,
-        interrupts: Interrupts,
-    ) -> None:
-        from rlhf.learner import Learner
-        from rlhf.online_dpo import Parts
-        from rlhf.policy import Policy, load_tokenizer, materialise, prompt_encoder
-        from rollout.weight_sync import Serving
+    hush_transformers()
+    path = materialise(
+        str(resolve_path(config.model.path)) if _is_file(config) else config.model.path
+    )
+    tokenizer = load_tokenizer(config.model, path)
+    pools = load_pools(config.prompts, config.run.seed, prompt_encoder(tokenizer))
+    terminal.say(_counted(pools))
+    policy = Policy(config.model, path, plan.device, config.run.seed)
+    learner = Learner(policy, config)
+    serving = Serving(
+        lambda: _generator(config, plan, policy, pools),
+        learner,
+        plan.sync,
+        store.folder / "published",
+        pools.train,
+        lambda found: terminal.say(_parity_line(found)),
+    )
+    panel, audit = judges
 
-        hush_transformers()
-        path = materialise(
-            str(resolve_path(config.model.path)) if _is_file(config) else config.model.path
-        )
-        pools = load_pools(
-            config.prompts, config.run.seed, prompt_encoder(load_tokenizer(config.model, path))
-        )
-        terminal.say(_counted(pools))
-        policy = Policy(config.model, path, plan.device, config.run.seed)
-        learner = Learner(policy, config)
-        self.serving = Serving(
-            lambda: _generator(config, plan, policy, pools),
-            learner,
-            plan.sync,
-            store.folder / "published",
-            pools.train,
-            lambda found: terminal.say(_parity_line(found)),
-        )
-        panel, audit = judges
+    def score(items: Items, audited: bool) -> pl.DataFrame:
+        return scores_table(score_all([*panel, *(audit if audited else ())], items))
 
-        def score(items: Any, audited: bool) -> pl.DataFrame:
-            return scores_table(score_all([*panel, *(audit if audited else ())], items))
-
-        self.parts = Parts(
-            serving=self.serving,
+    try:
+        yield Parts(
+            serving=serving,
             learner=learner,
             sample=lambda index: sample_round(
                 pools.train, index - 1, config.rounds.prompts_per_round, config.run.seed
@@ -120,12 +122,8 @@ class _wired:
             reporter=terminal,
             interrupts=interrupts,
         )
-
-    def __enter__(self) -> Any:
-        return self.parts
-
-    def __exit__(self, *_: object) -> None:
-        self.serving.close()
+    finally:
+        serving.close()
 
 
 def _generator(config: RunConfig, plan: Plan, policy: Any, pools: Pools) -> Generator:
