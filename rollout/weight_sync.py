@@ -67,16 +67,20 @@ def parity(
     old: np.ndarray | None,
     engine_old: np.ndarray | None,
     tolerance: float,
+    drawn: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Parity:
     """Compare token log-probs, each of shape [tokens], of generator and learner.
 
-    gap = mean |engine - new|. On the quarter of tokens where |new - old| is largest,
+    gap = mean |engine - new|, taken on `drawn` (engine, new): tokens sampled from the version
+    itself, since tokens that it has come to find unlikely differ by more; by default on the same
+    tokens as the slope. On the quarter of tokens where |new - old| is largest,
     slope = sum((engine - old)(new - old)) / sum((new - old)^2). Its standard error is
     noise / sqrt(sum((new - old)^2)), noise being the larger of sd(engine_old - old) and the
     residual's. Where six such errors span more than the step from stale to fresh, the two can't
     be told apart, and that is said.
     """
-    gap = float(np.abs(engine - new).mean())
+    served, held = drawn or (engine, new)
+    gap = float(np.abs(served - held).mean())
     good = bool(np.isfinite(gap)) and gap <= tolerance
     if old is None or engine_old is None:
         return Parity(gap, tolerance, None, None, None, "pass" if good else "fail")
@@ -176,11 +180,12 @@ class Serving:
         published = self._write(version)
         loaded = generator.load(published)
         check_loaded(published, loaded)
-        if not self._probes:
-            self._probes = self._sample(generator)
+        drawn = self._sample(generator, version)
+        self._probes = self._probes or drawn
         engine = _flat(generator.logps(self._probes))
         new = _flat(self._learner.logps(self._probes))
-        result = parity(engine, new, self._old, self._engine_old, self._tolerance)
+        own = (_flat(generator.logps(drawn)), _flat(self._learner.logps(drawn)))
+        result = parity(engine, new, self._old, self._engine_old, self._tolerance, own)
         self._log({"version": version, **asdict(result)})
         if result.verdict == "fail":
             raise ParityError(_explain(version, result))
@@ -198,10 +203,12 @@ class Serving:
                 shutil.rmtree(other)
         return Published(version, path, self._kind, weights_sha256(path))
 
-    def _sample(self, generator: Generator) -> list[Completion]:
+    def _sample(self, generator: Generator, version: int) -> list[Completion]:
         config = self._learner.config
         count = config.rollout.parity_completions
-        sampling = Sampling(1, 1.0, 1.0, min(64, config.rollout.max_new_tokens), config.run.seed)
+        sampling = Sampling(
+            1, 1.0, 1.0, min(64, config.rollout.max_new_tokens), config.run.seed + version
+        )
         return generator.generate(self._prompts[:count], sampling)
 
     @property

@@ -108,6 +108,20 @@ def test_a_score_that_is_not_finite_fails(value: float, side: str) -> None:
     assert parity(tokens.fresh, tokens.new, None, None, TOLERANCE).verdict == "fail"
 
 
+def test_the_gap_is_taken_where_the_version_itself_samples() -> None:
+    """A version that drifted far differs more on tokens that only the old one would have drawn."""
+    rng = np.random.default_rng(3)
+    old = rng.normal(-3, 1, 200)
+    new = old - rng.exponential(2.0, 200)
+    engine = new + rng.normal(0, 0.2, 200)
+    own = rng.normal(-1, 0.5, 200)
+    close = (own + rng.normal(0, 0.03, 200), own)
+    assert parity(engine, new, old, old, 0.08).verdict == "fail"
+    assert parity(engine, new, old, old, 0.08, close).verdict == "pass"
+    far = (own + 0.1, own)
+    assert parity(engine, new, old, old, 0.08, far).verdict == "fail"
+
+
 def test_the_first_version_is_judged_by_its_gap_alone() -> None:
     tokens = Tokens(0, 100, 0.02, 0.001)
     first = parity(tokens.fresh, tokens.new, None, None, TOLERANCE)
