@@ -216,13 +216,14 @@ class Learner:
         progress: _Progress,
     ) -> dict[str, float]:
         totals: dict[str, float] = {}
+        denominator = {"pairs": len(batch)}[OBJECTIVES[self.config.objective.name].denominator]
         size = self.settings.micro_batch_pairs
         optimizer.zero_grad(set_to_none=True)
         for start in range(0, len(batch), size):
             micro = batch[start : start + size]
             losses_B, metrics = self._forward(model, micro)
-            # Divided by the pairs of the whole step, not of the micro-batch.
-            self.accelerator.backward(scaler.scale(losses_B.sum() / len(batch)))
+            # Divided by what the whole step holds, not the micro-batch.
+            self.accelerator.backward(scaler.scale(losses_B.sum() / denominator))
             metrics["loss"] = losses_B.detach().double().sum()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)

@@ -308,7 +308,10 @@ def sums(learner: Learner, pairs: pl.DataFrame) -> np.ndarray[Any, np.dtype[np.f
 
 @pytest.mark.parametrize("kind", ["initial", "round_start"])
 def test_reference_logps_are_those_of_the_reference(small_model: Path, kind: str) -> None:
-    learner = moved(make_learner(config_for(small_model, rounds={"reference": kind})))
+    # Dropout is for training: as after an earlier round, the model comes in train mode.
+    config = config_for(small_model, rounds={"reference": kind}, lora={"dropout": 0.5})
+    learner = moved(make_learner(config))
+    learner.policy.model.train()
     before, pairs = trained(learner), make_pairs(7)
     table = learner.reference_logps(pairs)
     assert table.schema == REFERENCE
