@@ -306,6 +306,9 @@ class Evaluation(Section):
     """Sampled as in rollout; more samples shrink the intervals."""
     kl_prompts: Annotated[int, Field(ge=1)] = 32
     """Prompts whose fresh samples at temperature 1 estimate the KL to the initial policy."""
+    greedy_prompts: Annotated[int, Field(ge=0)] = 32
+    """Gate prompts whose likeliest answer is kept every round, so that a person can read what
+    changed; no number is made of them."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     """Resamples of the clusters for the 95% intervals."""
 

@@ -16,13 +16,22 @@ from rlhf.types import Completion, Prompt, Score
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are drawn. `seed` fixes a shard's draws where the engine allows it."""
+    """How completions are drawn. `seed` fixes a shard's draws where the engine allows it.
+
+    Temperature 0 takes the likeliest token each time; the log-probs kept with such a completion
+    are those of temperature 1, without top-p.
+    """
 
     samples: int
     temperature: float
     top_p: float
     max_new_tokens: int
     seed: int
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn at random."""
+        return self.temperature == 0
 
 
 @dataclass(frozen=True, slots=True)

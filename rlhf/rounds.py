@@ -148,6 +148,16 @@ class Round:
             self._finish(name, "shards")
         return pl.concat([read_parquet(part) for part in parts], how="vertical", rechunk=True)
 
+    def stored(self, name: str) -> dict[str, Any]:
+        """A record that is finished."""
+        assert self.done(name), f"{name} is read before it was stored"
+        return self.record(name, dict)
+
+    def stored_table(self, name: str) -> pl.DataFrame:
+        """A table that is finished."""
+        assert self.done(name), f"{name} is read before it was stored"
+        return self.table(name, pl.DataFrame)
+
     def done(self, name: str) -> bool:
         """Whether `name` is finished and recorded."""
         return name in self._manifest["artifacts"]

@@ -39,7 +39,7 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def round_rows(store: RunStore, index: int) -> list[Row]:
     """A round's held-out scores beside the start and the previous round, a row a dimension."""
-    evaluation = _record(store, index, "evaluation")
+    evaluation = store.round(index).stored("evaluation")
     return [
         {
             "dimension": _shown(name),
@@ -63,8 +63,8 @@ def write_summary(store: RunStore, config: RunConfig) -> None:
     rounds = _finished(store, config.rounds.count)
     if rounds:
         parts += ["## Rounds on the gate split", _rounds(store, rounds)]
-    if store.round(0).done("prompts"):
-        parts += ["## Prompts", _prompts(_record(store, 0, "prompts"))]
+    if store.round(0).done("pools"):
+        parts += ["## Prompts", _prompts(store.round(0).stored("pools"))]
     for index in rounds:
         parts += [f"## Round {index}", _one_round(store, index)]
     parts += ["## Where things are", _places(status)]
@@ -111,7 +111,7 @@ def _verdict(store: RunStore, status: Mapping[str, Any]) -> str:
     line = f"**{state.replace('_', ' ')}**: {reason.rstrip('.')}."
     final = store.final()
     if status.get("best_round") is not None and final.done("evaluation"):
-        reward = _record_of(final, "evaluation")["change"]["reward"]
+        reward = final.stored("evaluation")["change"]["reward"]
         line += (
             f" On the final split the weighted reward of round {status['best_round']} is "
             f"{change(reward['difference'])} against the start "
@@ -121,7 +121,7 @@ def _verdict(store: RunStore, status: Mapping[str, Any]) -> str:
 
 
 def _final(store: RunStore) -> str:
-    final = _record_of(store.final(), "evaluation")
+    final = store.final().stored("evaluation")
     rows = []
     for name, change_ in _ordered(final["change"]):
         rows.append(
@@ -142,13 +142,13 @@ def _final(store: RunStore) -> str:
 
 
 def _rounds(store: RunStore, rounds: Sequence[int]) -> str:
-    evaluations = {i: _record(store, i, "evaluation") for i in (0, *rounds)}
+    evaluations = {i: store.round(i).stored("evaluation") for i in (0, *rounds)}
     names = [name for name, _ in _ordered(evaluations[0]["scores"])]
     rows = []
     for index, evaluation in evaluations.items():
         row = {"round": "start" if index == 0 else str(index)}
         row |= {_shown(n): number(evaluation["scores"][n]["value"]) for n in names}
-        row["KL to start"] = "0" if index == 0 else number(_record(store, index, "kl")["kl"])
+        row["KL to start"] = "0" if index == 0 else number(store.round(index).stored("kl")["kl"])
         rows.append(row)
     return markdown_table(rows)
 
@@ -163,8 +163,8 @@ def _prompts(counts: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _one_round(store: RunStore, index: int) -> str:
-    gates = _record(store, index, "gates")
-    funnel = _record(store, index, "funnel")
+    gates = store.round(index).stored("gates")
+    funnel = store.round(index).stored("funnel")
     gate_rows = [
         {
             "gate": gate["name"],
@@ -232,15 +232,3 @@ def _ordered(scores: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return sorted(
         scores.items(), key=lambda s: (s[0] != "reward", s[0].startswith(AUDIT_PREFIX), s[0])
     )
-
-
-def _record(store: RunStore, index: int, name: str) -> dict[str, Any]:
-    return _record_of(store.round(index), name)
-
-
-def _record_of(round: Any, name: str) -> dict[str, Any]:
-    def never() -> dict[str, Any]:
-        raise AssertionError(f"{name} is read before it was stored")
-
-    found: dict[str, Any] = round.record(name, never)
-    return found

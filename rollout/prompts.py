@@ -103,9 +103,13 @@ def sample_round(
 
 
 def prompt_table(prompts: Iterable[Prompt]) -> pl.DataFrame:
-    """prompt_id, category, cluster and the conversation as text ("role: content" by turns)."""
-    rows = [(p.prompt_id, p.category, p.cluster, _conversation(p.messages)) for p in prompts]
-    columns = ("prompt_id", "category", "cluster", "prompt")
+    """What a run keeps of its prompts: prompt_id, category, cluster, the conversation as text
+    (`prompt`: "role: content" by turns), context and reference (null where there is none)."""
+    rows = [
+        (p.prompt_id, p.category, p.cluster, _conversation(p.messages), p.context, p.reference)
+        for p in prompts
+    ]
+    columns = ("prompt_id", "category", "cluster", "prompt", "context", "reference")
     return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.String), orient="row")
 
 

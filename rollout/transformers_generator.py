@@ -30,6 +30,8 @@ from rlhf.types import Completion, FinishReason, Prompt
 from rollout.nucleus import keep_nucleus
 from rollout.weight_sync import weights_sha256
 
+_DRAWN = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+
 
 class _Nucleus(LogitsProcessor):
     def __init__(self, top_p: float) -> None:
@@ -172,24 +174,18 @@ class TransformersGenerator:
             mask[row, width - len(prompt.token_ids) :] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
         recorder = _Recorder()
+        shaped: list[LogitsProcessor] = []
+        if not sampling.greedy:
+            shaped = [TemperatureLogitsWarper(sampling.temperature), _Nucleus(sampling.top_p)]
         with torch.no_grad():
             output = self.model.generate(
                 input_ids=ids.repeat_interleave(sampling.samples, 0),
                 attention_mask=mask.repeat_interleave(sampling.samples, 0),
                 past_key_values=self._prefill(ids, mask, sampling.samples),
-                logits_processor=LogitsProcessorList(
-                    [
-                        TemperatureLogitsWarper(sampling.temperature),
-                        _Nucleus(sampling.top_p),
-                        recorder,
-                    ]
-                ),
+                logits_processor=LogitsProcessorList([*shaped, recorder]),
                 # Neutral here: the processors above already shape the distribution.
                 generation_config=GenerationConfig(
-                    do_sample=True,
-                    temperature=1.0,
-                    top_p=1.0,
-                    top_k=0,
+                    **_DRAWN if not sampling.greedy else {"do_sample": False},
                     max_new_tokens=sampling.max_new_tokens,
                     eos_token_id=list(self.stop_ids),
                     pad_token_id=self.stop_ids[0],

@@ -80,7 +80,12 @@ def run_values(
         },
         "learner": {"learning_rate": 0.003, "batch_pairs": 2, "micro_batch_pairs": 2},
         "rounds": {"count": 2},
-        "evaluation": {"samples_per_prompt": 2, "bootstrap": 200, "kl_prompts": 4},
+        "evaluation": {
+            "samples_per_prompt": 2,
+            "bootstrap": 200,
+            "kl_prompts": 4,
+            "greedy_prompts": 2,
+        },
         "gates": {"max_drop": 1.0, "on_inconclusive": "promote"},
         "tracking": {"plain": True},
     }

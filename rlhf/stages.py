@@ -1,0 +1,421 @@
+"""The loop's stages: each is done once, timed, and stored by the round it belongs to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from rlhf.config import RunConfig
+from rlhf.errors import DataGateError
+from rlhf.evaluation import compare, per_prompt, summarise
+from rlhf.gates import decide, drift_gate, judge_gates
+from rlhf.interrupts import Interrupts
+from rlhf.learner import Learner
+from rlhf.metrics import Metrics
+from rlhf.protocols import Reporter, Sampling, Serving
+from rlhf.rounds import Round, RunStore
+from rlhf.selection import Rules, check_cold_start, cold_start, select_pairs
+from rlhf.summary import model_card, write_summary
+from rlhf.types import Completion, Prompt, completions_of, completions_table
+
+Items = Sequence[tuple[Prompt, Completion]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the loop is wired to; `launch` builds it."""
+
+    serving: Serving
+    learner: Learner
+    sample: Callable[[int], list[Prompt]]
+    """Training prompts of a round (from 1)."""
+    gate: Sequence[Prompt]
+    final: Sequence[Prompt]
+    score: Callable[[Items, bool], pl.DataFrame]
+    """Scores of the panel; with True, of the audit judges too."""
+    check_scores: Callable[[pl.DataFrame], None]
+    """Raises DataGateError where judges abstained too often."""
+    prompt_table: Callable[[Sequence[Prompt]], pl.DataFrame]
+    counts: Mapping[str, Mapping[str, int]]
+    """What became of the prompts that were read, per split."""
+    reporter: Reporter
+    interrupts: Interrupts
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    state: Literal["done", "stopped_early", "failed"]
+    reason: str
+    best_round: int | None
+    promoted: tuple[int, ...]
+
+
+class Stages:
+    """The loop's stages, each done once and timed."""
+
+    def __init__(self, config: RunConfig, store: RunStore, parts: Parts) -> None:
+        self.config = config
+        self.store = store
+        self.parts = parts
+        self.rules = Rules.of(config)
+        self.metrics = Metrics(store.folder / "metrics.jsonl")
+
+    def generate(
+        self,
+        round: Round,
+        name: str,
+        prompts: Sequence[Prompt],
+        version: int,
+        sampling: Sampling | None = None,
+    ) -> pl.DataFrame:
+        """Completions of `prompts` from policy `version`, shard by shard."""
+        base = sampling or self._sampling(self.config.rollout.samples_per_prompt)
+        shards = self._shards(prompts)
+
+        def compute(shard: int) -> pl.DataFrame:
+            generator = self.parts.serving.at(version, self.policy(version))
+            # Every shard has a seed of its own, so that a resumed run draws what a whole one does.
+            seed = np.random.SeedSequence((base.seed, version, _stage_key(name), shard))
+            drawn = generator.generate(
+                shards[shard],
+                Sampling(
+                    base.samples,
+                    base.temperature,
+                    base.top_p,
+                    base.max_new_tokens,
+                    int(seed.generate_state(1)[0]) % 2**31,
+                ),
+            )
+            _check_drawn(shards[shard], drawn, base.samples, version)
+            advance(shard + 1)
+            return completions_table(drawn)
+
+        with (
+            self._timed(round, name) as note,
+            self.parts.reporter.progress(f"{_title(round)} {name}", len(shards)) as advance,
+        ):
+            table = round.shards(name, len(shards), compute, self.parts.interrupts.check)
+            note["completions"] = table.height
+            note["tokens"] = int(table["token_ids"].list.len().sum())
+        return table
+
+    def score(
+        self,
+        round: Round,
+        name: str,
+        prompts: Sequence[Prompt],
+        completions: pl.DataFrame,
+        audit: bool,
+    ) -> pl.DataFrame:
+        """Scores of completions, shard by shard. Raises DataGateError on too many abstentions."""
+        table = self._scored(round, name, prompts, completions, audit)
+        try:
+            self.parts.check_scores(table)
+        except DataGateError:
+            # Once the judge is mended, the same command scores these answers again.
+            round.drop(name)
+            raise
+        return table
+
+    def _scored(
+        self,
+        round: Round,
+        name: str,
+        prompts: Sequence[Prompt],
+        completions: pl.DataFrame,
+        audit: bool,
+    ) -> pl.DataFrame:
+        shards = self._shards(prompts)
+
+        def compute(shard: int) -> pl.DataFrame:
+            known = {p.prompt_id: p for p in shards[shard]}
+            part = completions_of(completions.filter(pl.col("prompt_id").is_in(list(known))))
+            return self.parts.score([(known[c.prompt_id], c) for c in part], audit)
+
+        with self._timed(round, name):
+            return round.shards(name, len(shards), compute, self.parts.interrupts.check)
+
+    def keep(self, round: Round, prompts: Sequence[Prompt]) -> None:
+        """The prompts that a round's own completions answer, as a table for whoever reads them."""
+        round.table("prompts", lambda: self.parts.prompt_table(prompts))
+
+    def check_cold_start(
+        self, round: Round, completions: pl.DataFrame, scores: pl.DataFrame
+    ) -> None:
+        """Raises DataGateError where the start has too little to learn from."""
+        found = round.record("cold_start", lambda: cold_start(completions, scores, self.rules))
+        check_cold_start(found, self.config.selection.cold_start)
+
+    def select(
+        self,
+        round: Round,
+        prompts: Sequence[Prompt],
+        completions: pl.DataFrame,
+        scores: pl.DataFrame,
+    ) -> pl.DataFrame:
+        """Pairs and the funnel that explains every loss. Raises DataGateError if there is none."""
+
+        @cache
+        def selected() -> Any:
+            return select_pairs(completions, scores, self.parts.prompt_table(prompts), self.rules)
+
+        with self._timed(round, "pairs") as note:
+            funnel = round.record("funnel", lambda: selected().funnel)
+            pairs = round.table("pairs", lambda: selected().pairs)
+            note["pairs"] = pairs.height
+        kept = funnel["yield"]
+        self.parts.reporter.say(
+            f"{_title(round)} pairs: {pairs.height} of {len(prompts)} prompts "
+            f"(best and worst, then filter, would keep {kept['best_and_worst_then_filter']} of "
+            f"{kept['largest_admissible']})"
+        )
+        if pairs.is_empty():
+            lost = max(funnel["steps"], key=lambda s: s["lost_prompts"])
+            raise DataGateError(
+                f"{_title(round)}: no pair is left of {len(prompts)} prompts; most fell at "
+                f"{lost['step']} ({lost['lost_prompts']} prompts: {lost['why']}). "
+                f"The whole funnel is in {round.path / 'funnel.json'}"
+            )
+        return pairs
+
+    def train(self, round: Round, pairs: pl.DataFrame) -> None:
+        """Policy `round.index` from the one before, by way of the cached reference log-probs."""
+        index = round.index
+        assert index is not None
+        learner, before = self.parts.learner, self.policy(index - 1)
+        if round.done("policy"):
+            round.folder("policy", _unreachable)
+            round.drop("trainer")
+            return
+        self.parts.serving.sleep()
+        learner.policy.restore(before)
+        with self._timed(round, "reference_logps"):
+            reference = round.table("reference_logps", lambda: learner.reference_logps(pairs))
+        planned = learner.plan(pairs.height)
+        logged = False
+
+        def on_step(step: int, values: Mapping[str, float]) -> None:
+            nonlocal logged
+            if not logged:
+                self.metrics.rewind(index, "train", after_step=step - 1)
+                logged = True
+            if step % self.config.tracking.log_steps == 0 or step == planned:
+                self.metrics.log(index, "train", step, values)
+            advance(step)
+
+        def compute(folder: Path) -> None:
+            trained = learner.train(
+                pairs,
+                reference,
+                index,
+                round.scratch("trainer"),
+                on_step,
+                self.parts.interrupts.check,
+            )
+            note.update(asdict(trained))
+            learner.policy.save(folder, model_card(self.config, index, pairs))
+
+        with (
+            self._timed(round, "training", "policy") as note,
+            self.parts.reporter.progress(f"{_title(round)} train", planned) as advance,
+        ):
+            round.folder("policy", compute)
+            round.drop("trainer")
+        self.parts.serving.wake()
+
+    def evaluate(self, round: Round, version: int) -> None:
+        """Held-out scores of `version` on the gate split, and its KL to the start."""
+        self._score_held_out(round, "evaluation", self.parts.gate, version)
+        self._keep_greedy(round, version)
+        if version > 0 and not round.done("kl"):
+            prompts = self.parts.gate[: self.config.evaluation.kl_prompts]
+            fresh = Sampling(1, 1.0, 1.0, self.config.rollout.max_new_tokens, self.config.run.seed)
+            drawn = self.generate(round, "evaluation/fresh", prompts, version, fresh)
+            with self._timed(round, "kl"):
+                round.record("kl", lambda: self._kl(drawn, version))
+        round.record("evaluation", lambda: self._evaluation(round, version))
+
+    def gate(self, round: Round, best: int) -> dict[str, Any]:
+        """Whether this round is promoted, judged against the best so far."""
+
+        def compute() -> dict[str, Any]:
+            change = compare(self._table(round), self._table(self.store.round(best)), *self._draws)
+            gates = judge_gates(change, self.config.gates, self.config.gated)
+            if self.config.gates.max_kl is not None:
+                kl = round.stored("kl")
+                gates.append(drift_gate(kl, self.config.gates.max_kl, self.config.gates.rule))
+            verdict = decide(gates, self.config.gates.on_inconclusive)
+            return {**asdict(verdict), "against": best}
+
+        return round.record("gates", compute)
+
+    def best(self, among: Sequence[int]) -> int:
+        """The round with the highest gate reward; the earliest of equals."""
+        return max(among, key=lambda i: (self._reward(i), -i))
+
+    def stop(self, promoted: Sequence[int], reason: str) -> Outcome:
+        """A gate ended the run."""
+        if not promoted:
+            return Outcome("failed", f"no round could be promoted; {reason}", None, ())
+        return Outcome("stopped_early", reason, self.best(promoted), tuple(promoted))
+
+    def finish(self, promoted: Sequence[int]) -> Outcome:
+        """All rounds ran."""
+        return Outcome(
+            "done",
+            f"all {self.config.rounds.count} rounds ran",
+            self.best(promoted),
+            tuple(promoted),
+        )
+
+    def claim(self, best: int) -> None:
+        """Score the final split, once, for the start and the best round."""
+        final = self.store.final()
+        self.keep(final, self.parts.final)
+        tables = {}
+        # The best first: its weights are often still served.
+        for name, version in (("best", best), ("start", 0)):
+            tables[name] = self._score_held_out(final, name, self.parts.final, version)
+        final.record(
+            "evaluation",
+            lambda: {
+                "best_round": best,
+                "rounds": self.config.rounds.count,
+                "start": summarise(tables["start"], *self._draws),
+                "best": summarise(tables["best"], *self._draws),
+                "change": compare(tables["best"], tables["start"], *self._draws),
+            },
+        )
+
+    def summarise(self) -> None:
+        """Write summary.md from what is stored."""
+        write_summary(self.store, self.config)
+
+    def policy(self, version: int) -> Path | None:
+        """Where a version is stored; None for the start."""
+        return None if version == 0 else self.store.round(version).path / "policy"
+
+    def _score_held_out(
+        self, round: Round, name: str, prompts: Sequence[Prompt], version: int
+    ) -> pl.DataFrame:
+        sampling = self._sampling(self.config.evaluation.samples_per_prompt)
+        drawn = self.generate(round, f"{name}/completions", prompts, version, sampling)
+        scores = self.score(round, f"{name}/scores", prompts, drawn, audit=True)
+        audit = [judge.name for judge in self.config.judges.audit]
+        about = self.parts.prompt_table(prompts)
+        return round.table(
+            f"{name}/per_prompt", lambda: per_prompt(scores, about, self.config.weights, audit)
+        )
+
+    def _keep_greedy(self, round: Round, version: int) -> None:
+        prompts = self.parts.gate[: self.config.evaluation.greedy_prompts]
+        if prompts:
+            rollout, seed = self.config.rollout, self.config.run.seed
+            greedy = Sampling(1, 0.0, 1.0, rollout.max_new_tokens, seed)
+            drawn = self.generate(round, "greedy/completions", prompts, version, greedy)
+            # For reading only, so abstentions stop nothing here.
+            self._scored(round, "greedy/scores", prompts, drawn, audit=True)
+
+    def _evaluation(self, round: Round, version: int) -> dict[str, Any]:
+        table = self._table(round)
+        against = {}
+        if version > 0:
+            others = {"start": 0, "previous": version - 1, "best": self.best(range(version))}
+            against = {
+                name: {
+                    "round": other,
+                    "change": compare(table, self._table(self.store.round(other)), *self._draws),
+                }
+                for name, other in others.items()
+            }
+        return {"version": version, "scores": summarise(table, *self._draws), "against": against}
+
+    def _kl(self, drawn: pl.DataFrame, version: int) -> dict[str, Any]:
+        """KL(policy || start), in nats a sequence: mean over fresh samples y ~ policy of
+        log policy(y) - log start(y)."""
+        completions = completions_of(drawn)
+        learner = self.parts.learner
+        self.parts.serving.sleep()
+        learner.policy.restore(self.policy(version))
+        now = np.array([sum(row) for row in learner.logps(completions)])
+        start = np.array([sum(row) for row in learner.logps(completions, initial=True)])
+        self.parts.serving.wake()
+        difference = now - start
+        tokens = sum(len(c.token_ids) for c in completions)
+        error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else None
+        return {
+            "kl": float(difference.mean()),
+            "standard_error": None if error is None else float(error),
+            "kl_per_token": float(difference.sum() / tokens),
+            "samples": len(completions),
+        }
+
+    def _table(self, round: Round) -> pl.DataFrame:
+        return round.stored_table("evaluation/per_prompt")
+
+    def _reward(self, index: int) -> float:
+        scores = self.store.round(index).stored("evaluation")["scores"]
+        return float(scores["reward"]["value"])
+
+    def _shards(self, prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
+        size = self.config.rollout.shard_prompts
+        return [prompts[start : start + size] for start in range(0, len(prompts), size)]
+
+    def _sampling(self, samples: int) -> Sampling:
+        rollout = self.config.rollout
+        return Sampling(
+            samples,
+            rollout.temperature,
+            rollout.top_p,
+            rollout.max_new_tokens,
+            self.config.run.seed,
+        )
+
+    @property
+    def _draws(self) -> tuple[int, int]:
+        return self.config.evaluation.bootstrap, self.config.run.seed
+
+    @contextmanager
+    def _timed(
+        self, round: Round, name: str, artifact: str | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Log a stage's seconds, unless what it makes (`artifact`, else `name`) was stored."""
+        note: dict[str, Any] = {}
+        stored = round.done(artifact or name)
+        started = time.perf_counter()
+        yield note
+        if not stored:
+            seconds = time.perf_counter() - started
+            self.metrics.rewind(round.index, name)
+            self.metrics.log(round.index, name, 1, {"seconds": seconds, **note})
+
+
+def _check_drawn(
+    prompts: Sequence[Prompt], drawn: Sequence[Completion], samples: int, version: int
+) -> None:
+    """A generator answers each prompt, in order, from the version that was asked for."""
+    expected = [(p.prompt_id, s, version) for p in prompts for s in range(samples)]
+    found = [(c.prompt_id, c.sample, c.policy_version) for c in drawn]
+    assert found == expected, "the generator answered other prompts, samples or versions"
+
+
+def _stage_key(name: str) -> int:
+    return int.from_bytes(name.encode()[-8:], "big")
+
+
+def _title(round: Round) -> str:
+    return "final" if round.index is None else f"round {round.index}"
+
+
+def _unreachable(_: Path) -> None:
+    raise AssertionError("stored already")
