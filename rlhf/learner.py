@@ -7,6 +7,7 @@ on; the learning rate and the order of pairs are functions of (seed, round, step
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -151,6 +152,14 @@ class Learner:
                     [sequences[i] for i in rows], self.policy.pad_id, self.policy.device
                 )
                 yield rows, batch, token_logps(model, batch)
+
+    def release(self) -> None:
+        """Give back what only training needed: gradients, and device memory that torch caches."""
+        for _, parameter in self.policy.trainable():
+            parameter.grad = None
+        gc.collect()
+        if self.policy.device != "cpu":
+            torch.cuda.empty_cache()
 
     def plan(self, pairs: int) -> int:
         """Optimizer steps of a round: epochs x ceil(pairs / batch_pairs)."""

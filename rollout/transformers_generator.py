@@ -1,6 +1,7 @@
-"""Sampling with Transformers' batched `generate`: no extra engine, and exact in fp32 on a CPU.
+"""Sampling with Transformers alone: no extra engine, and exact in fp32 on a CPU.
 
-A prompt is read once for all its samples: its cache is repeated, and `generate` goes on from it.
+A prompt is read once for all its samples: its cache is repeated, and every answer goes on from it
+until it ends. `generate` would carry ended answers along to the last one's end.
 """
 
 from __future__ import annotations
@@ -13,15 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-)
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 
 from rlhf.errors import InputError
 from rlhf.logprobs import collate, split_rows, token_logps
@@ -29,34 +22,6 @@ from rlhf.protocols import Loaded, Published, Sampling
 from rlhf.types import Completion, FinishReason, Prompt
 from rollout.nucleus import keep_nucleus
 from rollout.weight_sync import weights_sha256
-
-_DRAWN = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-
-
-class _Nucleus(LogitsProcessor):
-    def __init__(self, top_p: float) -> None:
-        self.top_p = top_p
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return keep_nucleus(scores, scores.new_full((scores.shape[0],), self.top_p))
-
-
-class _Recorder(LogitsProcessor):
-    """Last in the list: sees the distribution that is sampled from, and keeps its log-probs."""
-
-    def __init__(self) -> None:
-        self.columns: list[Tensor] = []
-        self._last_BV: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.note(input_ids[:, -1])
-        self._last_BV = scores.float().log_softmax(-1)
-        return scores
-
-    def note(self, tokens_B: Tensor) -> None:
-        """Record the log-probs of the tokens drawn from the last distribution."""
-        if self._last_BV is not None:
-            self.columns.append(self._last_BV.gather(1, tokens_B[:, None]).squeeze(1))
 
 
 class TransformersGenerator:
@@ -146,9 +111,6 @@ class TransformersGenerator:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=self.dtype, use_safetensors=True
         )
-        # `generate` fills every setting that it is not given from this one: a folder's own
-        # repetition penalty, say, would change the distribution that is sampled from.
-        model.generation_config = GenerationConfig()
         return model.to(self.device).eval()
 
     def _load_adapter(self, path: Path) -> None:
@@ -165,7 +127,9 @@ class TransformersGenerator:
         model.set_adapter(new)
         model.delete_adapter(old)
 
+    @torch.no_grad()
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """Step by step, all answers side by side; one that has ended leaves the batch."""
         width = max(len(p.token_ids) for p in prompts)
         ids = torch.full((len(prompts), width), self.stop_ids[0], dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -173,32 +137,36 @@ class TransformersGenerator:
             ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask[row, width - len(prompt.token_ids) :] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        recorder = _Recorder()
-        shaped: list[LogitsProcessor] = []
-        if not sampling.greedy:
-            shaped = [TemperatureLogitsWarper(sampling.temperature), _Nucleus(sampling.top_p)]
-        with torch.no_grad():
-            output = self.model.generate(
-                input_ids=ids.repeat_interleave(sampling.samples, 0),
-                attention_mask=mask.repeat_interleave(sampling.samples, 0),
-                past_key_values=self._prefill(ids, mask, sampling.samples),
-                logits_processor=LogitsProcessorList([*shaped, recorder]),
-                # Neutral here: the processors above already shape the distribution.
-                generation_config=GenerationConfig(
-                    **_DRAWN if not sampling.greedy else {"do_sample": False},
-                    max_new_tokens=sampling.max_new_tokens,
-                    eos_token_id=list(self.stop_ids),
-                    pad_token_id=self.stop_ids[0],
-                ),
-            )
-        recorder.note(output[:, -1])
-        sampled = output[:, width:].tolist()
-        logps = torch.stack(recorder.columns, 1).tolist()
+        cache = self._prefill(ids, mask, sampling.samples)
+        last_B = ids[:, -1].repeat_interleave(sampling.samples, 0)
+        mask = mask.repeat_interleave(sampling.samples, 0)
+        stops = torch.tensor(self.stop_ids, device=self.device)
+        rows = list(range(len(last_B)))
+        sampled: list[list[int]] = [[] for _ in rows]
+        logps: list[list[float]] = [[] for _ in rows]
+        for _ in range(sampling.max_new_tokens):
+            logits_BV = self.model(
+                input_ids=last_B[:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(-1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+            last_B, drawn_logps_B = _draw(logits_BV.float(), sampling)
+            for row, token, logp in zip(rows, last_B.tolist(), drawn_logps_B.tolist(), strict=True):
+                sampled[row].append(token)
+                logps[row].append(logp)
+            going = (~torch.isin(last_B, stops)).nonzero().squeeze(1)
+            if not len(going):
+                break
+            if len(going) < len(rows):
+                cache.batch_select_indices(going)
+                last_B, mask = last_B[going], mask[going]
+                rows = [rows[i] for i in going.tolist()]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         return [
-            self._completion(prompt, sample, sampled[row], logps[row])
-            for row, (prompt, sample) in enumerate(
-                (p, s) for p in prompts for s in range(sampling.samples)
-            )
+            self._completion(prompt, row % sampling.samples, sampled[row], logps[row])
+            for row, prompt in enumerate(p for p in prompts for _ in range(sampling.samples))
         ]
 
     def _prefill(self, ids: Tensor, mask: Tensor, samples: int) -> DynamicCache:
@@ -221,17 +189,31 @@ class TransformersGenerator:
         self, prompt: Prompt, sample: int, tokens: list[int], logps: list[float]
     ) -> Completion:
         assert self._loaded is not None
-        ends = [i for i, token in enumerate(tokens) if token in self.stop_ids]
-        reason: FinishReason = "stop" if ends else "length"
-        kept = tokens[: ends[0] + 1] if ends else tokens
-        said = kept[:-1] if ends else kept
+        ended = tokens[-1] in self.stop_ids
+        reason: FinishReason = "stop" if ended else "length"
+        said = tokens[:-1] if ended else tokens
         return Completion(
             prompt.prompt_id,
             sample,
             str(self.tokenizer.decode(said, skip_special_tokens=True)).strip(),
-            tuple(kept),
+            tuple(tokens),
             prompt.token_ids,
-            tuple(logps[: len(kept)]),
+            tuple(logps),
             reason,
             self._loaded.version,
         )
+
+
+def _draw(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Next tokens and their log-probs under the distribution they were drawn from, [B] each."""
+    if sampling.greedy:
+        logps_BV = logits_BV.log_softmax(-1)
+        tokens_B = logps_BV.argmax(-1)
+    else:
+        kept_BV = keep_nucleus(
+            logits_BV / sampling.temperature,
+            logits_BV.new_full((len(logits_BV),), sampling.top_p),
+        )
+        logps_BV = kept_BV.log_softmax(-1)
+        tokens_B = torch.multinomial(logps_BV.exp(), 1).squeeze(1)
+    return tokens_B, logps_BV.gather(1, tokens_B[:, None]).squeeze(1)

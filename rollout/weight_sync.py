@@ -165,6 +165,7 @@ class Serving:
         """The generator may have the device again; what it serves is checked."""
         if self._generator is None:
             return
+        self._learner.release()
         loaded = self._generator.wake()
         if self._served is not None:
             check_loaded(self._served, loaded)

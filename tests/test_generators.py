@@ -37,6 +37,7 @@ ENGINES = ["transformers", pytest.param("vllm", marks=pytest.mark.engine)]
 SAMPLES, LONGEST = 4, 10
 PLAIN = Sampling(SAMPLES, 1.0, 1.0, LONGEST, seed=11)
 SHAPED = Sampling(SAMPLES, 0.7, 0.9, LONGEST, seed=12)
+GREEDY = Sampling(1, 0.0, 1.0, LONGEST, seed=13)
 TEXTS = (
     "Hi",
     "Where is my parcel? It should have been here on Monday, and today is Thursday.",
@@ -217,6 +218,17 @@ def test_behaviour_logps_are_of_the_distribution_sampled_from(
         variance += float(((drawn_from.exp() * finite**2).sum(-1) - entropies**2).sum())
     # Draws from this distribution are as surprising as its entropy says, within four deviations.
     assert abs(surprise - entropy) < 4 * variance**0.5
+
+
+def test_temperature_zero_takes_the_likeliest_token(generator: Generator, world: World) -> None:
+    found = generator.generate(world.prompts, GREEDY)
+    assert [(c.prompt_id, c.sample) for c in found] == [(p.prompt_id, 0) for p in world.prompts]
+    for completion in found:
+        logps = next_token_logps(world.versions[0].path, completion)
+        # In fp32 the engine's near ties may fall the other way.
+        lost = logps.max(-1).values - torch.tensor(of_tokens(logps, completion))
+        assert lost.max() < 1e-3
+    assert close([c.logps for c in found], generator.logps(found))
 
 
 def test_logps_do_not_depend_on_the_company(generator: Generator, plain: list[Completion]) -> None:

@@ -145,18 +145,8 @@ def problem_solution(prompt: Prompt, text: str) -> float:
 
 def style(prompt: Prompt, completion: Completion) -> float:
     """The mean of the demo's house rules, in the same words."""
-    text = completion.text
     excused = " ".join(m["content"] for m in prompt.messages)
-    rules = (
-        house_rules.fits_length(text),
-        house_rules.no_shouting(text, excused),
-        house_rules.no_repetition(text),
-        house_rules.short_sentences(text),
-        house_rules.finishes(text, completion.finish_reason),
-        house_rules.plain_text(text),
-        house_rules.offers_help(text),
-    )
-    return sum(rules) / len(rules)
+    return house_rules.mean_of_rules(completion.text, excused, completion.finish_reason)
 
 
 def _question(prompt: Prompt) -> str:

@@ -97,3 +97,17 @@ def offers_help(text: str) -> float:
     if _OFFER.search(text):
         return 1.0
     return 0.5 if _HALF_OFFER.search(text) else 0.0
+
+
+def mean_of_rules(text: str, excused: str, finish_reason: str = "stop") -> float:
+    """Style as one number in [0, 1]: the mean of all rules. `excused` may be in capitals."""
+    rules = (
+        fits_length(text),
+        no_shouting(text, excused),
+        no_repetition(text),
+        short_sentences(text),
+        finishes(text, finish_reason),
+        plain_text(text),
+        offers_help(text),
+    )
+    return sum(rules) / len(rules)

@@ -277,15 +277,5 @@ def _addressed(stream: Tokens, first_verbs: set[str]) -> bool:
 
 def style(prompt: PromptLike, completion: CompletionLike) -> float | None:
     """The mean of the house rules; 0 for an answer without words."""
-    text = completion.text
     excused = f"{passage_of(prompt)} {question_of(prompt)} {COMPANY}"
-    rules = (
-        house_rules.fits_length(text),
-        house_rules.no_shouting(text, excused),
-        house_rules.no_repetition(text),
-        house_rules.short_sentences(text),
-        house_rules.finishes(text, completion.finish_reason),
-        house_rules.plain_text(text),
-        house_rules.offers_help(text),
-    )
-    return sum(rules) / len(rules)
+    return house_rules.mean_of_rules(completion.text, excused, completion.finish_reason)
