@@ -1,0 +1,125 @@
+"""Learner and engine on one card, as far as a CPU shows it: who gives memory back, who checks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+import torch
+from test_generators import engine_options
+
+from rlhf.config import RunConfig
+from rlhf.errors import ParityError
+from rlhf.learner import Learner
+from rlhf.policy import Policy
+from rlhf.protocols import Loaded, Published
+from rollout import vllm_compat
+from rollout.vllm_generator import VllmGenerator
+from rollout.weight_sync import Serving, weights_sha256
+
+
+class CardEngine:
+    """What a vLLM engine on a GPU is asked, in order; its weights may come back changed."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.checksum = "as loaded"
+
+    def sleep(self, level: int) -> None:
+        self.asked.append(f"sleep {level}")
+
+    def wake_up(self) -> None:
+        self.asked.append("wake")
+
+    def reset_prefix_cache(self) -> None:
+        self.asked.append("forget prefixes")
+
+    def collective_rpc(self, method: str, kwargs: Any = None) -> list[str]:
+        self.asked.append(method)
+        return [self.checksum]
+
+
+@pytest.fixture
+def engine() -> CardEngine:
+    return CardEngine()
+
+
+@pytest.fixture
+def generator(engine: CardEngine, tiny_model: Path) -> VllmGenerator:
+    """Serves version 3 on a card; its engine is the fake."""
+    options = engine_options(str(tiny_model), (0,))
+    built = VllmGenerator(replace(options, device="cuda"))
+    built._llm = engine
+    built.load(Published(3, tiny_model, "merged", weights_sha256(tiny_model)))
+    engine.asked.clear()
+    return built
+
+
+def test_an_engine_sleeps_with_its_weights_in_host_memory(
+    generator: VllmGenerator, engine: CardEngine, tiny_model: Path
+) -> None:
+    generator.sleep()
+    assert engine.asked == ["sleep 1"], "level 2 would drop the weights"
+    assert generator.wake() == Loaded(3, weights_sha256(tiny_model))
+    assert engine.asked == ["sleep 1", "wake", "compute_weight_checksums"]
+
+
+def test_weights_that_changed_in_their_sleep_are_fatal(
+    generator: VllmGenerator, engine: CardEngine
+) -> None:
+    generator.sleep()
+    engine.checksum = "something else"
+    with pytest.raises(ParityError, match="changed while it slept"):
+        generator.wake()
+
+
+def test_a_load_is_what_the_next_wake_is_compared_with(
+    generator: VllmGenerator, engine: CardEngine, tiny_model: Path
+) -> None:
+    engine.checksum = "version 4"
+    generator.load(Published(4, tiny_model, "merged", "unread"))
+    generator.sleep()
+    loaded = generator.wake()
+    assert loaded is not None
+    assert loaded.version == 4
+
+
+def test_a_card_is_shared_by_sleeping_and_a_cpu_is_not(tiny_model: Path) -> None:
+    options = engine_options(str(tiny_model), (0,))
+    on_card = vllm_compat.engine_arguments(replace(options, device="cuda"))
+    assert on_card == {
+        "gpu_memory_utilization": options.gpu_memory_share,
+        "enable_sleep_mode": True,
+    }
+    assert "enable_sleep_mode" not in vllm_compat.engine_arguments(options)
+
+
+def test_the_learner_lets_go_before_the_engine_wakes(tiny_model: Path, tmp_path: Path) -> None:
+    config = RunConfig.model_validate(fakes.run_values(tmp_path, tiny_model))
+    learner = Learner(Policy(config.model, str(tiny_model), "cpu", 0), config)
+    held: list[bool] = []
+
+    class Waking(fakes.SleepwalkingGenerator):
+        def wake(self) -> Loaded | None:
+            held.append(any(p.grad is not None for _, p in learner.policy.trainable()))
+            return self._loaded
+
+    policy = learner.policy
+    serving = Serving(
+        lambda: Waking(str(tiny_model), policy.tokenizer, policy.stop_ids, torch.float32, "cpu", 8),
+        learner,
+        "merged",
+        tmp_path / "published",
+        fakes.prompts_of(lambda messages: [5, 6, 7], ["Hi", "Refund"]),
+        lambda found: None,
+    )
+    serving.at(0, None)
+    serving.sleep()
+    for _, parameter in policy.trainable():
+        parameter.grad = torch.ones_like(parameter)
+    serving.wake()
+    assert held == [False]
+    serving.close()
