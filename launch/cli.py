@@ -23,7 +23,7 @@ Any setting can be given as a flag: --rollout.temperature 0.7. `pairloop config`
 EXIT_CODES = """Exit codes:
   0   done; also when gates stopped it early with a promoted round
       (status.json then says stopped_early)
-  1   unexpected error, or a failed internal check
+  1   unexpected error, a failed internal check, or a failed check of doctor
   2   bad input
   3   no round could be promoted, or a data gate failed
   75  interrupted; the same command goes on where it stopped
@@ -107,6 +107,42 @@ def demo(
         overrides = (*place, *overrides)
     preset = path("demo_transformers" if transformers else "demo")
     return _start([preset], _with_plain(plain, overrides), dry_run=dry_run)
+
+
+@app.command
+def doctor(
+    config: Path | None = None,
+    *,
+    json: Annotated[bool, Flag] = False,
+    overrides: Overrides = (),
+) -> int:
+    """Say what this machine can do, one line each, with the command that mends what it can't.
+
+    Exits with 1 where a line says fail; warnings don't count.
+
+    Parameters
+    ----------
+    config
+        YAML file of a run: what it needs must then be here too.
+    json
+        The lines as a JSON list of name, status, found, remedy and command.
+    """
+    from launch.doctor import as_json, examine, needs_of, show
+    from launch.doctor.facts import Needs
+
+    needs = Needs()
+    if config is not None:
+        from rlhf import config_io
+
+        needs = needs_of(config_io.load([config], overrides))
+    elif overrides:
+        return _fail(f"--{overrides[0][0]} is a setting of a run: name its config too", 2)
+    findings = examine(needs)
+    if json:
+        print(as_json(findings))
+    else:
+        show(findings)
+    return int(any(finding.status == "fail" for finding in findings))
 
 
 @app.command(name="config")

@@ -80,7 +80,9 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     names = {PurePosixPath(name) for name in zipfile.ZipFile(wheel).namelist()}
     tops = {name.parts[0] for name in names}
     assert tops - {"pairloop-0.1.0.dist-info"} == PACKAGES
-    for name in names:
+    tested = {PurePosixPath("launch/constraints", name) for name in CONSTRAINTS}
+    assert tested <= names
+    for name in names - tested:
         assert name.suffix in {".py", ".yaml"} or name.parts[0].endswith(".dist-info"), name
     for folder in PACKAGES:
         for source in (ROOT / folder).rglob("*.py"):
@@ -121,6 +123,18 @@ def test_the_wheel_alone_is_enough(
     where = [sys.executable, "-P", "-c", "import launch, rlhf, rollout; print(launch.__file__)"]
     assert run(where, tmp_path, PYTHONPATH=str(installed)).stdout.startswith(str(installed))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_wheels_doctor_knows_its_requirements_and_the_tested_versions(
+    installed: Path, tmp_path: Path
+) -> None:
+    code = (
+        "from launch.doctor.probes import ask_packages as ask; found = ask(gpu=True); "
+        "print(found.constraints, found.checkout, found.pins['vllm'], len(found.wanted))"
+    )
+    told = run([sys.executable, "-P", "-c", code], tmp_path, PYTHONPATH=str(installed)).stdout
+    file = installed / "launch/constraints/gpu.txt"
+    assert told.split() == [str(file), "None", "0.32.0", str(len(requirements()))]
 
 
 def test_every_dependency_is_bounded_at_both_ends() -> None:
