@@ -23,11 +23,16 @@ from rollout.judges.panel import build, check_abstentions, score_all
 from rollout.prompts import Pools, load_pools, prompt_table, sample_round
 
 if TYPE_CHECKING:
-    from rlhf.online_dpo import Items, Parts
+    from rlhf.stages import Items, Outcome, Parts
 
 
 def train(config: RunConfig) -> int:
-    """Run the loop to its end; the exit status (see `pairloop --help`).
+    """Run the loop to its end; the exit status (see `pairloop --help`). Raises as `run` does."""
+    return DataGateError.exit_status if run(config).best_round is None else 0
+
+
+def run(config: RunConfig) -> Outcome:
+    """Run the loop to its end, in this process, or go on with it.
 
     Raises PairloopError: bad input, a data gate, a failed check, or an interruption.
     """
@@ -40,9 +45,9 @@ def train(config: RunConfig) -> int:
         terminal.say(f"run {store.folder}: {plan.engine} on {plan.device}, weights {plan.sync}")
         try:
             with _wired(config, plan, store, (panel, audit), terminal, interrupts) as parts:
-                from rlhf.online_dpo import run
+                from rlhf import online_dpo
 
-                outcome = run(config, store, parts)
+                outcome = online_dpo.run(config, store, parts)
         except Interrupted as error:
             store.status("interrupted", reason=str(error))
             raise
@@ -52,11 +57,10 @@ def train(config: RunConfig) -> int:
             raise
         terminal.say(f"{outcome.state.replace('_', ' ')}: {outcome.reason}")
         terminal.say(f"summary: {store.folder / 'summary.md'}")
-        if outcome.best_round is None:
-            return DataGateError.exit_status
-        best = store.folder / f"rounds/{outcome.best_round:04d}/policy"
-        terminal.say(f"best policy: {best}")
-        return 0
+        if outcome.best_round is not None:
+            best = store.folder / f"rounds/{outcome.best_round:04d}/policy"
+            terminal.say(f"best policy: {best}")
+        return outcome
 
 
 def rehearse(config: RunConfig) -> str:

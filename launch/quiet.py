@@ -25,6 +25,8 @@ def hush() -> None:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(vllm|torch)\..*")
+    # In a notebook, bars that we don't show ask for widgets.
+    warnings.filterwarnings("ignore", message="IProgress not found")
     # bitsandbytes offers an optional kernel; DeepSpeed says on import that it found no GPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
