@@ -145,6 +145,9 @@ def doctor(
     return int(any(finding.status == "fail" for finding in findings))
 
 
+app.command("launch.pairs:app", name="pairs")
+
+
 @app.command(name="config")
 def config_reference() -> int:
     """Print every setting with its type, default and the reason for it."""
@@ -185,7 +188,7 @@ def _dispatch(arguments: list[str]) -> int:
         return _fail(_usage(error), 2)
     if "overrides" in unparsed:
         bound.arguments["overrides"] = tuple(overrides)
-    elif overrides and command is config_reference:
+    elif overrides:
         return _fail(f"unknown flag --{overrides[0][0]}: this command takes no settings", 2)
     result = command(*bound.args, **bound.kwargs)
     return result if isinstance(result, int) else 0

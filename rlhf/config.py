@@ -8,15 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Unknown keys are refused, values are not coerced across types, nothing changes later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from rlhf.config_base import Section, Share
+from rlhf.config_judges import Judges
 
 
 class Run(Section):
@@ -165,47 +160,6 @@ class Rollout(Section):
                 f"got {self.samples_per_prompt}"
             )
         return self
-
-
-class JudgeSpec(Section):
-    """One judge."""
-
-    name: Annotated[str, Field(min_length=1)]
-    """Name in tables and reports."""
-    kind: Literal["verifier"] = "verifier"
-    """`verifier`: a Python function (prompt, completion) -> {dimension: score in [0,1] or None}."""
-    function: str
-    """`module:function` or `file.py:function`."""
-    dimensions: Annotated[list[str], Field(min_length=1)]
-    """What it scores; other keys of its result are ignored."""
-
-
-class Judges(Section):
-    """Who scores completions. `audit` judges train nothing: they show gains made by gaming."""
-
-    panel: Annotated[list[JudgeSpec], Field(min_length=1)]
-    """Judges whose scores train; one a dimension."""
-    audit: list[JudgeSpec] = []
-    """Judges that only watch: they score held-out answers."""
-    max_abstention: Share = 0.05
-    """A larger share of missing scores in any dimension stops the round."""
-
-    @model_validator(mode="after")
-    def _unique(self) -> Judges:
-        names = [j.name for j in self.panel + self.audit]
-        if len(set(names)) < len(names):
-            raise ValueError(f"judge names must differ, got {names}")
-        for judges, where in ((self.panel, "panel"), (self.audit, "audit")):
-            dimensions = [d for j in judges for d in j.dimensions]
-            twice = sorted({d for d in dimensions if dimensions.count(d) > 1})
-            if twice:
-                raise ValueError(f"one {where} judge a dimension; scored twice: {twice}")
-        return self
-
-    @property
-    def dimensions(self) -> tuple[str, ...]:
-        """Every dimension the panel scores, in order."""
-        return tuple(d for judge in self.panel for d in judge.dimensions)
 
 
 class ColdStart(Section):
@@ -393,6 +347,27 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _levels_known(self) -> RunConfig:
+        """A score that only ranks the answers to one prompt holds no floor and no gate."""
+        for field, names in (
+            ("selection.floors", self.selection.floors),
+            ("gates.dimensions", self.gates.dimensions),
+        ):
+            relative = sorted(set(names or ()) - set(self.judges.absolute))
+            if relative:
+                raise ValueError(
+                    f"{field} names {relative}, scored by a pairwise judge: a win rate among a "
+                    "prompt's own answers averages 0.5 whatever they are worth; use mode pointwise "
+                    "there, or leave them out here"
+                )
+        if not self.gated and self.gates.max_kl is None:
+            raise ValueError(
+                "gates.dimensions must name a dimension whose score has a level, but every judge "
+                "of judges.panel is pairwise; add one that is not, or set gates.max_kl"
+            )
+        return self
+
     @property
     def weights(self) -> dict[str, float]:
         """Reward weights in use, summing to 1: the configured ones, else the standard ones."""
@@ -404,7 +379,10 @@ class RunConfig(Section):
     def floors(self) -> dict[str, float]:
         """Floors in use."""
         given = self.selection.floors
-        return dict(given) if given is not None else self._standard(STANDARD_FLOORS)
+        if given is not None:
+            return dict(given)
+        standard = self._standard(STANDARD_FLOORS)
+        return {d: v for d, v in standard.items() if d in self.judges.absolute}
 
     @property
     def protected(self) -> dict[str, float]:
@@ -417,9 +395,9 @@ class RunConfig(Section):
         """Dimensions that the gates watch."""
         if self.gates.dimensions is not None:
             return tuple(self.gates.dimensions)
-        if "correctness" in self.judges.dimensions:
+        if "correctness" in self.judges.absolute:
             return ("correctness",)
-        return tuple(self.floors) or tuple(self.weights)
+        return tuple(self.floors) or tuple(d for d in self.weights if d in self.judges.absolute)
 
     @property
     def needed(self) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlhf.config import RunConfig, Section
+from rlhf.config import RunConfig
+from rlhf.config_base import Section
 from rlhf.config_yaml import KeyPath, show
 
 _WORDS = {
@@ -31,23 +32,42 @@ def describe() -> str:
 
 
 def _describe_section(path: str, info: FieldInfo) -> list[str]:
-    section, mark = _inside(info)
-    assert section is not None, f"{path} is no section"
+    sections, mark = _inside(info)
     need = ", required" if info.is_required() else ""
-    lines = ["", f"## {path}{mark}{need}", "", _words(info.description or section.__doc__), ""]
-    nested: list[str] = []
-    for name, inner in section.model_fields.items():
-        if _inside(inner)[0] is not None:
-            nested += _describe_section(f"{path}{mark}.{name}", inner)
-            continue
-        if inner.is_required():
-            default = "required"
-        else:
-            default = f"default {show(inner.get_default(call_default_factory=True))}"
-        lines.append(f"- `{path}{mark}.{name}`: {rule(_annotated(inner))}; {default}.")
-        if inner.description:
-            lines.append(f"  {_words(inner.description)}")
-    return [*lines, *nested]
+    lines: list[str] = []
+    if len(sections) > 1:
+        lines += ["", f"## {path}{mark}{need}", "", _words(info.description)]
+        need = ""
+    for section in sections:
+        of_kind = f" of kind {_kind(section)}" if len(sections) > 1 else ""
+        about = section.__doc__ if of_kind else info.description or section.__doc__
+        lines += ["", f"## {path}{mark}{of_kind}{need}", "", _words(about), ""]
+        nested: list[str] = []
+        for name, inner in section.model_fields.items():
+            if _inside(inner)[0]:
+                nested += _describe_section(f"{path}{mark}.{name}", inner)
+            else:
+                lines += _describe_setting(f"{path}{mark}.{name}", inner)
+        lines += nested
+    return lines
+
+
+def _describe_setting(path: str, info: FieldInfo) -> list[str]:
+    default = "required"
+    if not info.is_required():
+        default = f"default {show(info.get_default(call_default_factory=True))}"
+    line = f"- `{path}`: {rule(_annotated(info))}; {default}."
+    return [line, f"  {_words(info.description)}"] if info.description else [line]
+
+
+def kinds(annotation: Any) -> tuple[str, ...]:
+    """The values of `kind` that a union of sections tells apart."""
+    return tuple(map(_kind, alternatives(annotation)))
+
+
+def _kind(section: type[Section]) -> str:
+    (kind,) = get_args(section.model_fields["kind"].annotation)
+    return str(kind)
 
 
 def _words(text: str | None) -> str:
@@ -55,12 +75,13 @@ def _words(text: str | None) -> str:
 
 
 def leaves(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """The dotted name of every setting; settings of list items stand under `name[]`."""
+    """The dotted name of every setting; settings of list items stand under `name[]`, those that
+    several kinds of item share once for each."""
     for name, info in section.model_fields.items():
-        inner, mark = _inside(info)
-        if inner is None:
+        inside, mark = _inside(info)
+        if not inside:
             yield f"{prefix}{name}"
-        else:
+        for inner in inside:
             yield from leaves(inner, f"{prefix}{name}{mark}.")
 
 
@@ -71,12 +92,12 @@ def suggest(name: str) -> list[str]:
     return [leaf for leaf, last in found if last in near]
 
 
-def _inside(info: FieldInfo) -> tuple[type[Section] | None, str]:
-    """The section that a field holds, with `[]` if it is a list of them."""
-    base, mark = alternatives(info.annotation)[0], ""
-    if get_origin(base) is list:
-        base, mark = alternatives(get_args(base)[0])[0], "[]"
-    return (base, mark) if isinstance(base, type) and issubclass(base, Section) else (None, "")
+def _inside(info: FieldInfo) -> tuple[list[type[Section]], str]:
+    """The sections that a field may hold, with `[]` if it is a list of them."""
+    base, mark = alternatives(info.annotation), ""
+    if get_origin(base[0]) is list:
+        base, mark = alternatives(get_args(base[0])[0]), "[]"
+    return [b for b in base if isinstance(b, type) and issubclass(b, Section)], mark
 
 
 def alternatives(annotation: Any) -> list[Any]:
@@ -89,15 +110,25 @@ def alternatives(annotation: Any) -> list[Any]:
 
 
 def locate(path: KeyPath) -> tuple[KeyPath, Any, FieldInfo | None]:
-    """How much of `path` the config knows, with the type and, if it is a setting, field there."""
+    """How much of `path` the config knows, with the type and, if it is a setting, field there.
+
+    Where an entry may be of several kinds, a part that names one of them (as in pydantic's own
+    paths) says which and is left out of the answer; without it, the first kind that has the
+    setting is meant.
+    """
     known: KeyPath = ()
     annotation: Any = RunConfig
     info: FieldInfo | None = None
     for part in path:
         inner = [o for o in alternatives(annotation) if o is not type(None)]
+        sections = [o for o in inner if isinstance(o, type) and issubclass(o, Section)]
         base = inner[0] if len(inner) == 1 else None
-        if isinstance(base, type) and issubclass(base, Section) and part in base.model_fields:
-            info = base.model_fields[str(part)]
+        having = next((s for s in sections if part in s.model_fields), None)
+        if len(sections) > 1 and (named := [s for s in sections if _kind(s) == part]):
+            annotation, info = named[0], None
+            continue
+        if having is not None:
+            info = having.model_fields[str(part)]
             annotation = _annotated(info)
         elif get_origin(base) is list and str(part).isdecimal():
             annotation, info = get_args(base)[0], None
@@ -121,7 +152,7 @@ def rule(annotation: Any) -> str:
         return f"{rule(base)} {' and '.join(filter(None, map(_bound, flat)))}".strip()
     options = get_args(annotation)
     if get_origin(annotation) in (Union, types.UnionType):
-        return " or ".join(map(rule, options))
+        return " or ".join(dict.fromkeys(map(rule, options)))
     if get_origin(annotation) is Literal:
         return f"{'one of ' if len(options) > 1 else ''}{', '.join(map(str, options))}"
     if get_origin(annotation) is list:

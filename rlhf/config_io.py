@@ -26,9 +26,9 @@ from rlhf.config import (
     STANDARD_PROTECTED,
     STANDARD_WEIGHTS,
     RunConfig,
-    Section,
 )
-from rlhf.config_help import alternatives, locate, rule, suggest
+from rlhf.config_base import Section
+from rlhf.config_help import alternatives, kinds, locate, rule, suggest
 from rlhf.config_yaml import INTEGER, NUMBER, KeyPath, Node, Reader, dotted, read_file, show
 from rlhf.errors import InputError
 
@@ -38,6 +38,9 @@ NEUTRAL = (
     "rollout.memory_gib",
     "rollout.gpu_memory_share",
     "learner.checkpoint_steps",
+    "judges.uncertified",
+    "judges.panel[].traffic",
+    "judges.audit[].traffic",
     "rounds.count",
     "tracking",
 )
@@ -129,6 +132,9 @@ def _put(tree: Node, path: Sequence[str], new: Node) -> Node:
 def _explain(detail: ErrorDetails, root: Node) -> str:
     """One line for one pydantic error: field, rule, value found, place, remedy."""
     known, annotation, info = locate(detail["loc"])
+    if detail["type"].startswith("union_tag") and isinstance(root.at(known).value, dict):
+        annotation = Literal[kinds(annotation)]  # type: ignore[valid-type]
+        known = (*known, "kind")
     node = root.at(known)
     if detail["type"] == "extra_forbidden":
         return _unknown(known, str(detail["loc"][-1]), annotation, root)
@@ -235,8 +241,12 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _relevant(data: Mapping[str, Any]) -> dict[str, Any]:
-    flat = dict(_flat(data, ""))
-    return {k: v for k, v in flat.items() if not any(f"{k}.".startswith(f"{n}.") for n in NEUTRAL)}
+    return {k: v for k, v in _flat(data, "") if not _neutral(k)}
+
+
+def _neutral(key: str) -> bool:
+    setting = re.sub(r"\.\d+(?=\.)", "[]", key)
+    return any(f"{setting}.".startswith(f"{name}.") for name in NEUTRAL)
 
 
 def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

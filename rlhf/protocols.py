@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rlhf.types import Completion, Prompt, Score
 
@@ -92,6 +92,28 @@ class Judge(Protocol):
 
     def score(self, items: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
         """One `Score` for every item and dimension, in that order."""
+        ...
+
+
+@runtime_checkable
+class ModelJudge(Judge, Protocol):
+    """A judge with a model behind it: it holds a device or spends a budget."""
+
+    def start(self, folder: Path | None) -> list[str]:
+        """Check what can be checked before anything is generated; lines worth saying. `folder`
+        keeps what a run remembers of its judges. Raises InputError."""
+        ...
+
+    def news(self) -> str | None:
+        """What it cost so far and who answered; None where there is nothing to tell."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the device back until the next `score`."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
         ...
 
 

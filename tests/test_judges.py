@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.config import JudgeSpec
+from rlhf.config_judges import JudgeSpec, VerifierSpec
 from rlhf.errors import DataGateError, InputError, Interrupted, PairloopError
 from rlhf.types import Completion, Prompt, Score, scores_table
 from rollout.judges.panel import build, check_abstentions, score_all
@@ -175,9 +175,9 @@ def test_malformed_scores_are_null_in_the_table() -> None:
 def test_a_panel_is_built_in_the_configured_order_from_files(tmp_path: Path) -> None:
     source = tmp_path / "judges.py"
     source.write_text("def a(p, c): return {'x': 0.1}\ndef b(p, c): return {'y': 0.2}\n")
-    specs = [
-        JudgeSpec(name="two", function=f"{source}:b", dimensions=["y"]),
-        JudgeSpec(name="one", function=f"{source}:a", dimensions=["x"]),
+    specs: list[JudgeSpec] = [
+        VerifierSpec(name="two", function=f"{source}:b", dimensions=["y"]),
+        VerifierSpec(name="one", function=f"{source}:a", dimensions=["x"]),
     ]
     scores = score_all(build(specs, "judges.panel"), [item("p", 0), item("p", 1)])
     assert [(s.judge, s.sample, s.score) for s in scores] == [
@@ -189,8 +189,8 @@ def test_a_panel_is_built_in_the_configured_order_from_files(tmp_path: Path) -> 
 
 
 def test_a_judge_that_cannot_be_built_names_its_field() -> None:
-    good = JudgeSpec(name="good", function=f"{json.__name__}:dumps", dimensions=["x"])
-    bad = JudgeSpec(name="bad", function="json:dumpz", dimensions=["y"])
+    good = VerifierSpec(name="good", function=f"{json.__name__}:dumps", dimensions=["x"])
+    bad = VerifierSpec(name="bad", function="json:dumpz", dimensions=["y"])
     with pytest.raises(InputError, match=r"judges\.panel\[1\]\.function: json has no function"):
         build([good, bad], "judges.panel")
 

@@ -7,21 +7,91 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from rlhf.config import JudgeSpec
+from rlhf.config import RunConfig
+from rlhf.config_judges import JudgeSpec, LlmSpec, VerifierSpec
 from rlhf.errors import DataGateError, PairloopError
 from rlhf.protocols import Judge
 from rlhf.types import Completion, Prompt, Score
+from rollout.judges.backends import Backend
+from rollout.judges.fence import SUSPICIOUS
+from rollout.judges.llm import LlmJudge, calls
 from rollout.judges.verifier import Verifier
 
 _REASONS_SHOWN = 3
 
 
-def build(specs: Sequence[JudgeSpec], field: str) -> list[Judge]:
+def build(specs: Sequence[JudgeSpec], field: str, device: str = "auto") -> list[Judge]:
     """The judges of a configuration list (`field`: judges.panel or judges.audit), in its order.
 
-    Raises InputError where a judge's function can't be loaded.
+    `device` is auto, cpu or cuda. No model is loaded and no endpoint asked yet. Raises InputError
+    where a judge can't be had: its function, rubric, model or key.
     """
-    return [Verifier.of(spec, f"{field}[{index}]") for index, spec in enumerate(specs)]
+    return [_build(spec, f"{field}[{index}]", device) for index, spec in enumerate(specs)]
+
+
+def _build(spec: VerifierSpec | LlmSpec, field: str, device: str) -> Judge:
+    if isinstance(spec, VerifierSpec):
+        return Verifier.of(spec, field)
+    backend: Backend
+    if spec.backend == "openai":
+        from rollout.judges.backends.openai import OpenAiBackend
+
+        backend = OpenAiBackend(spec, field)
+    else:
+        from rollout.judges.backends.vllm import VllmBackend
+
+        backend = VllmBackend(spec, field, device)
+    return LlmJudge.of(spec, field, backend)
+
+
+def planned_calls(config: RunConfig, train: int, gate: int, final: int) -> list[str]:
+    """What model judges will be asked at most, one line a judge, from the prompts of each split.
+
+    >>> planned_calls(config, train=100, gate=50, final=50)  # doctest: +SKIP
+    ['judge reader: at most 2400 calls to org/judge: ...']
+    """
+    per_round = config.rounds.prompts_per_round or train
+    k, held_out = config.rollout.samples_per_prompt, config.evaluation.samples_per_prompt
+    greedy = min(gate, config.evaluation.greedy_prompts)
+    rounds = config.rounds.count
+    lines = []
+    for judges, trains in ((config.judges.panel, True), (config.judges.audit, False)):
+        for spec in judges:
+            if not isinstance(spec, LlmSpec):
+                continue
+            training = calls(spec, k) * min(per_round, train) if trains else 0
+            evaluation = calls(spec, held_out) * gate + calls(spec, 1) * greedy
+            claim = 2 * calls(spec, held_out) * final
+            most = rounds * training + (rounds + 1) * evaluation + claim
+            limit = spec.traffic.max_calls if spec.backend == "openai" else None
+            lines.append(
+                f"judge {spec.name}: at most {most} calls to {spec.model} ({spec.mode}): "
+                f"{training} for each of {rounds} rounds, {evaluation} for each of {rounds + 1} "
+                f"evaluations, {claim} for the final split"
+                + (f"; budget {limit}, which may not do" if limit and limit < most else "")
+            )
+    return lines
+
+
+def suspicious(scores: pl.DataFrame) -> list[str]:
+    """One line a judge that was shown completions with signs of an attempt on it.
+
+    `scores` has schema `SCORES`.
+    """
+    flagged = (
+        scores.filter(pl.col("reason").str.starts_with(f"{SUSPICIOUS} ("))
+        .group_by("judge")
+        .agg(
+            pl.struct("prompt_id", "sample").n_unique().alias("completions"),
+            pl.col("reason").str.extract(r"^\w+ \((.*?)\): ").alias("signs"),
+        )
+        .sort("judge")
+    )
+    return [
+        f"judge {row['judge']}: {row['completions']} suspicious completions "
+        f"({'; '.join(sorted(set(row['signs'])))}), scored as they stand"
+        for row in flagged.iter_rows(named=True)
+    ]
 
 
 def score_all(judges: Sequence[Judge], items: Sequence[tuple[Prompt, Completion]]) -> list[Score]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from rlhf.config import JudgeSpec
+from rlhf.config_judges import VerifierSpec
 from rlhf.errors import Interrupted
 from rlhf.types import Completion, Prompt, Score
 from rollout.imports import load_function
@@ -44,7 +44,7 @@ class Verifier:
     dimensions: tuple[str, ...]
 
     @classmethod
-    def of(cls, spec: JudgeSpec, field: str) -> Verifier:
+    def of(cls, spec: VerifierSpec, field: str) -> Verifier:
         """The verifier that a configuration names. Raises InputError as `load_function` does."""
         function = load_function(spec.function, f"{field}.function")
         return cls(spec.name, function, tuple(spec.dimensions))

@@ -1,0 +1,179 @@
+"""The `judges` section: who scores completions, one kind of judge a class.
+
+An entry's `kind` says which class reads it; without one it is a verifier. A new kind is a class
+with a `kind` of its own, one more member of `JudgeSpec`, and its builder in `rollout.judges.panel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from rlhf.config_base import Section, Share
+
+
+class _Judge(Section):
+    """What every judge has."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name in tables and reports."""
+    dimensions: Annotated[list[str], Field(min_length=1)]
+    """What it scores."""
+
+    @property
+    def relative(self) -> bool:
+        """Whether its scores only rank the answers to one prompt, and have no level of their own:
+        their mean is the same for every policy, so no floor and no gate can be held with them."""
+        return False
+
+
+class VerifierSpec(_Judge):
+    """A Python function (prompt, completion) -> {dimension: score in [0,1] or None}. Keys of its
+    result that are not among its dimensions are ignored."""
+
+    kind: Literal["verifier"] = "verifier"
+    """A verifier; may be left out."""
+    function: str
+    """`module:function` or `file.py:function`."""
+
+
+class Engine(Section):
+    """A judge's own vLLM engine, in this process."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """fp16 for GPUs older than Ampere, such as a T4."""
+    max_length: Annotated[int, Field(ge=256)] = 4096
+    """Rubric, prompt, answer and verdict together, in tokens. What is longer is an abstention."""
+    max_concurrency: Annotated[int, Field(ge=1)] = 64
+    """Calls decoded together."""
+    memory_gib: Annotated[float, Field(gt=0)] = 1.0
+    """Key-value cache on a CPU, in GiB."""
+    gpu_memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of a GPU beside the generator's; the learner has the card while both sleep."""
+
+
+class Traffic(Section):
+    """How an endpoint is called. Nothing here can change a verdict, so a run may be resumed with
+    other values."""
+
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = (
+        "OPENAI_API_KEY"
+    )
+    """Name of the environment variable that holds the key, which stands nowhere else; null for a
+    server that wants none."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """For one whole call: a server that drips a byte a second is late too."""
+    concurrency: Annotated[int, Field(ge=1)] = 8
+    """Calls under way at once."""
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Calls are spaced to this rate. Default: as fast as the endpoint answers."""
+    max_retries: Annotated[int, Field(ge=0)] = 6
+    """Further tries after 408, 409, 429, 5xx and lost connections, each after a longer random
+    wait, or as long as Retry-After says: about a minute in all."""
+    max_calls: Annotated[int, Field(ge=1)] | None = None
+    """Budget of the whole run, over all its starts, further tries included. Once spent, the run
+    stops resumably (exit 75)."""
+    max_total_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Budget in tokens, read and written, as the endpoint counts them."""
+
+
+class LlmSpec(_Judge):
+    """A language model with a rubric."""
+
+    kind: Literal["llm"]
+    """A language model as a judge."""
+    rubrics: dict[str, str] = Field(default_factory=dict)
+    """Dimension -> packaged rubric or path of a YAML file. Default: the packaged rubric of the
+    dimension's own name."""
+    mode: Literal["pointwise", "pairwise"] = "pointwise"
+    """`pointwise` grades each answer on the rubric's scale. `pairwise` compares every two answers
+    to a prompt, in both orders (disagreement is a tie); the score is the win rate over the
+    prompt's other answers: sharper, but K answers take K(K-1) calls."""
+    grade: Literal["argmax", "expected"] = "expected"
+    """Pointwise only. `expected` weighs the grades by their probabilities, since the likeliest of
+    five grades alone ties most pairs; `argmax` for endpoints that give no log-probs."""
+    one_call: Literal["per_dimension", "all"] = "per_dimension"
+    """`all` grades every dimension in one call: cheaper, but the grades colour one another."""
+    backend: Literal["vllm", "openai"] = "vllm"
+    """`vllm`: an engine in this process. `openai`: any endpoint that speaks OpenAI's protocol."""
+    model: str
+    """Hub id, local folder or .gguf file (as in model.path); for an endpoint, its model's name."""
+    revision: str | None = None
+    """Hub revision; pin it, so that a certificate stays true."""
+    base_url: str = "https://api.openai.com/v1"
+    """The endpoint."""
+    max_tokens: Annotated[int, Field(ge=16)] = 256
+    """Longest verdict for one dimension. One that is cut off is an abstention."""
+    engine: Engine = Engine()
+    traffic: Traffic = Traffic()
+
+    @model_validator(mode="after")
+    def _rules(self) -> LlmSpec:
+        unknown = sorted(set(self.rubrics) - set(self.dimensions))
+        if unknown:
+            raise ValueError(
+                f"rubrics names {unknown}, which this judge does not score; "
+                f"its dimensions are {self.dimensions}"
+            )
+        if self.backend == "openai" and self.revision is not None:
+            raise ValueError("revision can't be asked of an endpoint; name it in model, if it can")
+        return self
+
+    @property
+    def relative(self) -> bool:
+        """A win rate among a prompt's own answers is 0.5 on average, whatever they are worth."""
+        return self.mode == "pairwise"
+
+
+def _kind(value: Any) -> str | None:
+    """The tag of an entry, read or built; None where it has none that could be one."""
+    found = (
+        value.get("kind", "verifier")
+        if isinstance(value, Mapping)
+        else getattr(value, "kind", None)
+    )
+    return found if isinstance(found, str) else None
+
+
+JudgeSpec = Annotated[
+    Annotated[VerifierSpec, Tag("verifier")] | Annotated[LlmSpec, Tag("llm")],
+    Discriminator(_kind),
+]
+
+
+class Judges(Section):
+    """Who scores completions. `audit` judges train nothing: they show gains made by gaming."""
+
+    panel: Annotated[list[JudgeSpec], Field(min_length=1)]
+    """Judges whose scores train; one a dimension."""
+    audit: list[JudgeSpec] = Field(default_factory=list)
+    """Judges that only watch: they score held-out answers."""
+    max_abstention: Share = 0.05
+    """A larger share of missing scores in any dimension stops the round."""
+    uncertified: Literal["refuse", "allow"] = "refuse"
+    """A model judge trains nothing before it has proved itself against gold labels; with `allow` it
+    does, and log, summary and report are stamped. Verifiers need no certificate."""
+
+    @model_validator(mode="after")
+    def _unique(self) -> Judges:
+        names = [j.name for j in self.panel + self.audit]
+        if len(set(names)) < len(names):
+            raise ValueError(f"judge names must differ, got {names}")
+        for judges, where in ((self.panel, "panel"), (self.audit, "audit")):
+            dimensions = [d for j in judges for d in j.dimensions]
+            twice = sorted({d for d in dimensions if dimensions.count(d) > 1})
+            if twice:
+                raise ValueError(f"one {where} judge a dimension; scored twice: {twice}")
+        return self
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """Every dimension the panel scores, in order."""
+        return tuple(d for judge in self.panel for d in judge.dimensions)
+
+    @property
+    def absolute(self) -> tuple[str, ...]:
+        """Dimensions whose panel scores have a level: they can hold a floor and a gate."""
+        return tuple(d for j in self.panel if not j.relative for d in j.dimensions)
