@@ -23,7 +23,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 PYTEST_FLAGS ?=
 
-.PHONY: setup demo lint check test
+.PHONY: setup demo screenshots lint check test
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 
 demo: setup
 	$(BIN)/pairloop demo
+
+# README's pictures of the demo's report; needs Chromium.
+screenshots: setup
+	$(BIN)/python docs/screenshots.py runs/demo docs/images
 
 lint: setup
 	$(BIN)/ruff check .

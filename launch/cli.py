@@ -148,6 +148,23 @@ def doctor(
 app.command("launch.pairs:app", name="pairs")
 
 
+@app.command
+def report(run_folder: Path, /, *, out: Path | None = None) -> int:
+    """Write a run's report.html: one page, at any time, whether or not the run goes on.
+
+    Parameters
+    ----------
+    run_folder
+        Folder of the run, such as runs/demo.
+    out
+        File to write; default report.html in the run's folder.
+    """
+    from rlhf.report import write_report
+
+    print(write_report(run_folder, out))
+    return 0
+
+
 @app.command(name="config")
 def config_reference() -> int:
     """Print every setting with its type, default and the reason for it."""

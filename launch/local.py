@@ -50,6 +50,7 @@ def run(config: RunConfig) -> Outcome:
                 outcome = online_dpo.run(config, store, parts)
         except Interrupted as error:
             store.status("interrupted", reason=str(error))
+            _summarise(store, config, error)
             raise
         except PairloopError as error:
             store.status("failed", reason=str(error))
@@ -57,6 +58,7 @@ def run(config: RunConfig) -> Outcome:
             raise
         terminal.say(f"{outcome.state.replace('_', ' ')}: {outcome.reason}")
         terminal.say(f"summary: {store.folder / 'summary.md'}")
+        terminal.say(f"report: {store.folder / 'report.html'}")
         if outcome.best_round is not None:
             best = store.folder / f"rounds/{outcome.best_round:04d}/policy"
             terminal.say(f"best policy: {best}")
@@ -194,8 +196,10 @@ def _parity_line(found: dict[str, Any]) -> str:
 
 
 def _summarise(store: RunStore, config: RunConfig, error: PairloopError) -> None:
+    from rlhf.report import write_report
     from rlhf.summary import write_summary
 
-    # What was found before the failure is worth reading; a full disk must not hide the failure.
-    if isinstance(error, DataGateError):
+    # What was found before the end is worth reading; a full disk must not hide the failure.
+    if isinstance(error, DataGateError | Interrupted):
         write_summary(store, config)
+        write_report(store.folder)

@@ -64,20 +64,29 @@ class Metrics:
 
     def read(self) -> list[dict[str, Any]]:
         """Every line, in the order written. Raises `InputError` naming a line that is no record."""
-        records = []
-        for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if (
-                not isinstance(record, dict)
-                or not set(_KEYS) <= record.keys()
-                or not isinstance(record["step"], int)
-            ):
-                raise InputError(
-                    f"{self.path}:{number}: must be a JSON object with {', '.join(_KEYS)}, got "
-                    f"{line[:60].decode(errors='replace')!r}; delete that line"
-                )
-            records.append(record)
-        return records
+        return read_metrics(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log that may be growing, in the order written.
+
+    Raises `InputError` naming a line that is no record.
+    """
+    content = path.read_bytes()
+    records = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if (
+            not isinstance(record, dict)
+            or not set(_KEYS) <= record.keys()
+            or not isinstance(record["step"], int)
+        ):
+            raise InputError(
+                f"{path}:{number}: must be a JSON object with {', '.join(_KEYS)}, got "
+                f"{line[:60].decode(errors='replace')!r}; delete that line"
+            )
+        records.append(record)
+    return records

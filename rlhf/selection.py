@@ -140,8 +140,8 @@ def select_pairs(
             without prompt, two policy versions or two sets of prompt tokens for one prompt.
     """
     _check(completions, scores, prompts)
-    candidates = _candidates(completions, scores, rules)
-    constraints = Constraints(_chosen_steps(rules), _pair_steps(rules))
+    candidates = candidates_of(completions, scores, rules)
+    constraints = Constraints(chosen_steps(rules), _pair_steps(rules))
     best, best_and_worst, kept, failed = [], 0, [], []
     for chunk in _chunks(candidates, completions):
         pairs = _joined(chunk.filter("eligible"), chunk.filter("usable")).with_columns(
@@ -189,7 +189,7 @@ def cold_start(completions: pl.DataFrame, scores: pl.DataFrame, rules: Rules) ->
     if completions.is_empty():
         raise ValueError("completions must not be empty")
     by_prompt = (
-        _candidates(completions, scores, rules)
+        candidates_of(completions, scores, rules)
         .group_by("prompt_id", maintain_order=True)
         .agg(
             pl.col("eligible").any(),
@@ -244,7 +244,7 @@ def _check(completions: pl.DataFrame, scores: pl.DataFrame, prompts: pl.DataFram
             raise ValueError(f"{rows.height} rows {fault}, first: {rows['prompt_id'].min()!r}")
 
 
-def _candidates(completions: pl.DataFrame, scores: pl.DataFrame, rules: Rules) -> pl.DataFrame:
+def candidates_of(completions: pl.DataFrame, scores: pl.DataFrame, rules: Rules) -> pl.DataFrame:
     """One light row a completion, sorted by prompt and sample; `row` points into `completions`.
 
     Columns: row, prompt_id, sample, filled, complete, scored, scores, reward, usable, eligible.
@@ -266,13 +266,13 @@ def _candidates(completions: pl.DataFrame, scores: pl.DataFrame, rules: Rules) -
         .with_columns(pl.col("scored").fill_null(False))
         .with_columns(
             usable=pl.col("filled") & pl.col("scored"),
-            eligible=pl.all_horizontal(s.holds for s in _chosen_steps(rules)).fill_null(False),
+            eligible=pl.all_horizontal(s.holds for s in chosen_steps(rules)).fill_null(False),
         )
         .sort(_KEY)
     )
 
 
-def _chosen_steps(rules: Rules) -> list[Step]:
+def chosen_steps(rules: Rules) -> list[Step]:
     """What a chosen answer must satisfy by itself, in order."""
     complete = pl.lit(True) if rules.allow_truncated_chosen else pl.col("complete")
     floors = [

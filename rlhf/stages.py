@@ -68,6 +68,7 @@ class Stages:
         self.store = store
         self.parts = parts
         self.rules = Rules.of(config)
+        self._last_ended = time.perf_counter()
         self.metrics = Metrics(store.folder / "metrics.jsonl")
 
     def generate(
@@ -298,8 +299,12 @@ class Stages:
         )
 
     def summarise(self) -> None:
-        """Write summary.md from what is stored."""
+        """Write summary.md and report.html from what is stored."""
+        # Plotting takes a while to import, and the first round a while to get here.
+        from rlhf.report import write_report
+
         write_summary(self.store, self.config)
+        write_report(self.store.folder)
 
     def policy(self, version: int) -> Path | None:
         """Where a version is stored; None for the start."""
@@ -389,15 +394,21 @@ class Stages:
     def _timed(
         self, round: Round, name: str, artifact: str | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Log a stage's seconds, unless what it makes (`artifact`, else `name`) was stored."""
+        """Log a stage's seconds, unless what it makes (`artifact`, else `name`) was stored.
+
+        `loop_seconds` are those since the last stage ended, or the loop began, in this process:
+        what storing, hashing and reporting take, whoever was killed before.
+        """
         note: dict[str, Any] = {}
         stored = round.done(artifact or name)
         started = time.perf_counter()
         yield note
         if not stored:
-            seconds = time.perf_counter() - started
+            ended = time.perf_counter()
+            times = {"seconds": ended - started, "loop_seconds": started - self._last_ended}
+            self._last_ended = ended
             self.metrics.rewind(round.index, name)
-            self.metrics.log(round.index, name, 1, {"seconds": seconds, **note})
+            self.metrics.log(round.index, name, 1, {**times, **note})
 
 
 def _check_drawn(

@@ -15,18 +15,10 @@ from rlhf.config import RunConfig
 from rlhf.evaluation import AUDIT_PREFIX
 from rlhf.files import atomic_write
 from rlhf.rounds import RunStore
+from rlhf.run_view import RunView
+from rlhf.verdict import change, interval, number, stamps, verdict
 
 Row = dict[str, str]
-
-
-def number(value: float | None) -> str:
-    """Three decimals; unbounded where there is none."""
-    return "unbounded" if value is None else f"{value:.3f}"
-
-
-def change(value: float | None) -> str:
-    """With its sign."""
-    return "unbounded" if value is None else f"{value:+.3f}"
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -55,9 +47,12 @@ def round_rows(store: RunStore, index: int) -> list[Row]:
 def write_summary(store: RunStore, config: RunConfig) -> None:
     """Write `summary.md` into the run's folder."""
     status = store.read_status() or {}
-    parts = [f"# {config.run.name}", _verdict(store, status)]
-    if not config.judges.audit:
-        parts.append("**No audit judge**: nothing here shows whether the judges were gamed.")
+    run = RunView(store.folder)
+    said = verdict(run)
+    parts = [f"# {config.run.name}", f"**{said.sentence}**"]
+    if said.details:
+        parts.append(said.details)
+    parts += [f"**{stamp.name}**: {stamp.meaning}." for stamp in stamps(run)]
     if store.final().done("evaluation"):
         parts += ["## The claim: final split, scored once", _final(store)]
     rounds = _finished(store, config.rounds.count)
@@ -105,21 +100,6 @@ What it scored, and whether it was promoted, stands in the run's `summary.md`.
 """
 
 
-def _verdict(store: RunStore, status: Mapping[str, Any]) -> str:
-    state = status.get("state", "running")
-    reason = status.get("reason") or "rounds are under way"
-    line = f"**{state.replace('_', ' ')}**: {reason.rstrip('.')}."
-    final = store.final()
-    if status.get("best_round") is not None and final.done("evaluation"):
-        reward = final.stored("evaluation")["change"]["reward"]
-        line += (
-            f" On the final split the weighted reward of round {status['best_round']} is "
-            f"{change(reward['difference'])} against the start "
-            f"(95% interval {change(reward['low'])} to {change(reward['high'])})."
-        )
-    return line
-
-
 def _final(store: RunStore) -> str:
     final = store.final().stored("evaluation")
     rows = []
@@ -130,7 +110,7 @@ def _final(store: RunStore) -> str:
                 "start": number(final["start"][name]["value"]),
                 f"round {final['best_round']}": number(final["best"][name]["value"]),
                 "change": change(change_["difference"]),
-                "95% interval": f"{change(change_['low'])} to {change(change_['high'])}",
+                "95% interval": interval(change_["low"], change_["high"]),
                 "smallest detectable": number(change_["smallest_detectable"]),
             }
         )
@@ -169,7 +149,7 @@ def _one_round(store: RunStore, index: int) -> str:
         {
             "gate": gate["name"],
             f"value (change against round {gates['against']})": change(gate["value"]),
-            "95% interval": f"{change(gate['low'])} to {change(gate['high'])}",
+            "95% interval": interval(gate["low"], gate["high"]),
             "threshold": change(gate["threshold"]),
             "smallest detectable": number(gate["smallest_detectable"]),
             "verdict": gate["verdict"]
@@ -220,7 +200,7 @@ def _finished(store: RunStore, count: int) -> list[int]:
 
 def _since(evaluation: Mapping[str, Any], other: str, name: str) -> str:
     found = evaluation["against"][other]["change"][name]
-    return f"{change(found['difference'])} ({change(found['low'])} to {change(found['high'])})"
+    return f"{change(found['difference'])} ({interval(found['low'], found['high'])})"
 
 
 def _shown(name: str) -> str:

@@ -83,6 +83,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> bool:
 def hashes(run: Path) -> dict[str, str]:
     """Every file whose bytes must not depend on kills: all but times, and who ran it."""
     timed = {"metrics.jsonl", ".lock", "config.json", "config.yaml", "status.json", "summary.md"}
+    timed |= {"report.html"}
     return {
         str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(run.rglob("*"))

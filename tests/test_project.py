@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"launch", "rlhf", "rollout"}
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = ("cpu.txt", "gpu.txt")
+# Of the report: pages, their style and script.
+TEMPLATES = {".j2", ".css", ".js"}
 # What vLLM's CPU build names and `make setup` leaves out.
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec", "setuptools"}
 
@@ -83,7 +85,8 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     tested = {PurePosixPath("launch/constraints", name) for name in CONSTRAINTS}
     assert tested <= names
     for name in names - tested:
-        assert name.suffix in {".py", ".yaml"} or name.parts[0].endswith(".dist-info"), name
+        code = name.suffix in {".py", ".yaml"} | TEMPLATES
+        assert code or name.parts[0].endswith(".dist-info"), name
     for folder in PACKAGES:
         for source in (ROOT / folder).rglob("*.py"):
             assert PurePosixPath(source.relative_to(ROOT).as_posix()) in names
@@ -91,9 +94,11 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
         assert PurePosixPath("launch/configs", preset.relative_to(ROOT / "configs")) in names
     assert PurePosixPath("launch/configs/demo.yaml") in names
     articles = sorted((ROOT / "rollout/support_desk").rglob("*.yaml"))
+    templates = sorted((ROOT / "rlhf/report/templates").iterdir())
     assert articles
-    for article in articles:
-        assert PurePosixPath(article.relative_to(ROOT).as_posix()) in names
+    assert {path.suffix for path in templates} == TEMPLATES
+    for path in [*articles, *templates]:
+        assert PurePosixPath(path.relative_to(ROOT).as_posix()) in names
 
 
 def test_the_wheel_names_its_command_licence_and_pythons(wheel: Path) -> None:

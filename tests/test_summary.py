@@ -13,7 +13,8 @@ from fakes import run_values
 
 from rlhf.config import RunConfig
 from rlhf.rounds import RunStore
-from rlhf.summary import change, markdown_table, model_card, number, round_rows, write_summary
+from rlhf.summary import markdown_table, model_card, round_rows, write_summary
+from rlhf.verdict import change, number
 
 DIMENSIONS = ("audit.words", "correctness", "reward", "style")
 
@@ -96,7 +97,7 @@ def with_a_round(store: RunStore) -> None:
 
 
 def test_a_run_that_has_only_started_says_so(store: RunStore, config: RunConfig) -> None:
-    assert "**running**: rounds are under way." in text(store, config)
+    assert "**The run is not finished: the start is not evaluated yet.**" in text(store, config)
     keep(store, 0, evaluation=evaluation(0))
     keep(store, 1, funnel=FUNNEL)
     found = text(store, config)
@@ -111,7 +112,10 @@ def test_a_failed_round_shows_its_gates_and_where_completions_went(
     with_a_round(store)
     store.status("failed", reason="no round could be promoted.")
     found = text(store, config)
-    assert "**failed**: no round could be promoted.\n" in found
+    sentence = (
+        "A gate stopped the run at round 1 of 2 (correctness: failed), so no round was promoted."
+    )
+    assert f"**{sentence}**\n\nno round could be promoted.\n" in found
     assert f"## Round 1\n\n{GATES['reason']}" in found
     row = next(line for line in found.splitlines() if line.startswith("| correctness | -0.111"))
     assert "unbounded to +0.021" in row
@@ -133,7 +137,10 @@ def test_the_claim_stands_first_with_its_interval(store: RunStore, config: RunCo
     store.final().record("evaluation", lambda: claim)
     store.status("done", reason="all 1 rounds ran", best_round=1, promoted=[1])
     found = text(store, config)
-    assert "reward of round 1 is +0.150 against the start (95% interval +0.040 to +0.260)" in found
+    assert (
+        "**The policy improved: on the final split round 1 changed the weighted reward by +0.150 "
+        "against the start (95% interval +0.040 to +0.260), and all 2 rounds ran.**"
+    ) in found
     assert "6 prompts in 5 clusters" in found
     assert "| reward | 0.300 | 0.450 | +0.150 | +0.040 to +0.260 | 0.031 |" in found
     assert found.index("The claim") < found.index("## Rounds on the gate split")
@@ -154,9 +161,11 @@ def test_a_run_without_an_audit_judge_is_stamped(
     store: RunStore, config: RunConfig, tmp_path: Path
 ) -> None:
     assert "No audit judge" not in text(store, config)
-    values = run_values(tmp_path, "some/model")
+    values = run_values(tmp_path / "silent", "some/model")
     values["judges"]["audit"] = []
-    assert "**No audit judge**" in text(store, RunConfig.model_validate(values))
+    silent = RunConfig.model_validate(values)
+    with RunStore.open(silent) as unwatched:
+        assert "**No audit judge**" in text(unwatched, silent)
 
 
 def test_writing_it_twice_gives_the_same_bytes(store: RunStore, config: RunConfig) -> None:
@@ -165,7 +174,7 @@ def test_writing_it_twice_gives_the_same_bytes(store: RunStore, config: RunConfi
 
 
 def test_what_became_of_the_prompts_is_counted(store: RunStore, config: RunConfig) -> None:
-    keep(store, 0, prompts={"train": {"read": 9, "too_long": 2, "kept": 7}})
+    keep(store, 0, pools={"train": {"read": 9, "too_long": 2, "kept": 7}})
     found = text(store, config)
     assert "| split | read | too long | kept |" in found
     assert "| train | 9 | 2 | 7 |" in found
