@@ -146,6 +146,7 @@ def doctor(
 
 
 app.command("launch.pairs:app", name="pairs")
+app.command("launch.judge:app", name="judge", help="Say what judges are worth.")
 
 
 @app.command

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config_base import Section, Share
+from rlhf.config_calibration import Calibration
 from rlhf.config_judges import Judges
 
 
@@ -317,6 +318,7 @@ class RunConfig(Section):
     rounds: Rounds = Rounds()
     evaluation: Evaluation = Evaluation()
     gates: Gates = Gates()
+    calibration: Calibration = Calibration()
     placement: Placement = Placement()
     tracking: Tracking = Tracking()
 

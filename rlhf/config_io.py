@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -32,6 +32,8 @@ from rlhf.config_help import alternatives, kinds, locate, rule, suggest
 from rlhf.config_yaml import INTEGER, NUMBER, KeyPath, Node, Reader, dotted, read_file, show
 from rlhf.errors import InputError
 
+S = TypeVar("S", bound=Section)
+
 NEUTRAL = (
     "run.name",
     "run.directory",
@@ -42,6 +44,7 @@ NEUTRAL = (
     "judges.panel[].traffic",
     "judges.audit[].traffic",
     "rounds.count",
+    "calibration",
     "tracking",
 )
 """Settings (a section stands for all its keys) that can't change what a round holds, so a run may
@@ -59,6 +62,22 @@ def load(paths: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()) -> Ru
 
     Raises InputError with all that is wrong, one a line: field, rule, value, place, remedy.
     """
+    root, problems = _gather(paths, overrides)
+    return _validated(RunConfig, (), root, problems)
+
+
+def load_section(name: str, section: type[S], overrides: Sequence[tuple[str, str]]) -> S:
+    """One section of a config from overrides alone, for a command that needs no whole run.
+
+    Raises InputError as `load` does.
+    """
+    root, problems = _gather((), overrides)
+    root = _put(root, [name], Node({}, root.place))
+    return _validated(section, (name,), root, problems)
+
+
+def _gather(paths: Sequence[Path], overrides: Sequence[tuple[str, str]]) -> tuple[Node, list[str]]:
+    """All that is set, merged, and what is wrong with values taken by themselves."""
     root = Node({}, ", ".join(map(str, paths)) or "command line")
     problems: list[str] = []
     unreadable = False
@@ -81,12 +100,20 @@ def load(paths: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()) -> Ru
     if unreadable:
         # What a missing file would have set can't be judged, so it isn't reported as missing.
         raise InputError("\n".join(problems))
+    return root, problems
+
+
+def _validated(section: type[S], path: KeyPath, root: Node, problems: Sequence[str]) -> S:
+    """The section at `path` as settings. Raises InputError with `problems` and its own."""
+    found = list(problems)
     try:
-        config = RunConfig.model_validate(root.plain, strict=True)
+        config = section.model_validate(root.at(path).plain, strict=True)
     except ValidationError as error:
-        problems += [_explain(detail, root) for detail in error.errors()]
-    if problems:
-        raise InputError("\n".join(dict.fromkeys(problems)))
+        found += [
+            _explain({**detail, "loc": (*path, *detail["loc"])}, root) for detail in error.errors()
+        ]
+    if found:
+        raise InputError("\n".join(dict.fromkeys(found)))
     return config
 
 

@@ -1,0 +1,168 @@
+"""`pairloop judge calibrate`: how far verdicts agree with gold, and the certificates that earns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf import config_io
+from rlhf.calibration import Finding, Use, calibrate
+from rlhf.certificates import JudgeIdentity, write_certificate
+from rlhf.config import STANDARD_FLOORS, RunConfig, Selection
+from rlhf.config_calibration import Calibration
+from rlhf.errors import InputError
+from rlhf.files import finite_or_null, sha256_file
+from rlhf.judgements import read_both
+
+Override = tuple[str, str]
+
+_SECTIONS = ("calibration.", "selection.floors")
+
+
+def run(
+    config: RunConfig | None,
+    files: tuple[Path | None, Path | None],
+    registry: Path | None,
+    overrides: Sequence[Override],
+    as_json: bool,
+) -> int:
+    """Calibrate the judges of a verdict file; 0, whatever the verdicts are.
+
+    `files` are verdicts and gold, each overriding the config's. Without a config the settings are
+    the defaults with `overrides`, and certificates are written only where `registry` is given.
+
+    Raises InputError: files that are missing or can't be used, unknown settings.
+    """
+    settings, use = _settings(config, overrides)
+    verdicts_path = _file(files[0], settings.verdicts, "verdicts")
+    gold_path = _file(files[1], settings.gold, "gold")
+    verdicts, gold = read_both(verdicts_path, gold_path)
+    findings = calibrate(verdicts, gold, settings, use)
+    if registry is None and config is not None:
+        registry = Path(settings.registry)
+    written = _certify(findings, registry, sha256_file(gold_path), settings) if registry else []
+    if as_json:
+        listed = [finite_or_null(finding.as_json()) for finding in findings]
+        print(json.dumps(listed, indent=2, ensure_ascii=False, allow_nan=False))
+        return 0
+    _show(findings)
+    for path in written:
+        print(f"certificate: {path}")
+    if not written:
+        print("no certificate was written: name a folder with --registry")
+    return 0
+
+
+def _settings(
+    config: RunConfig | None, overrides: Sequence[Override]
+) -> tuple[Calibration, Callable[[str], Use]]:
+    if config is not None:
+        return config.calibration, lambda dimension: Use.of(config, dimension)
+    for key, _ in overrides:
+        if not key.startswith(_SECTIONS):
+            raise InputError(
+                f"--{key} must be a setting of calibration or selection.floors where there is no "
+                "config; leave it out, or name a config"
+            )
+    calibration = [o for o in overrides if o[0].startswith("calibration.")]
+    selection = [o for o in overrides if o[0].startswith("selection.")]
+    floors = config_io.load_section("selection", Selection, selection).floors
+    floors = STANDARD_FLOORS if floors is None else floors
+    settings = config_io.load_section("calibration", Calibration, calibration)
+    return settings, lambda dimension: Use(floor=floors.get(dimension))
+
+
+def _file(given: Path | None, configured: str | None, name: str) -> Path:
+    if given is not None:
+        return given
+    if configured is None:
+        raise InputError(
+            f"--{name} must name a JSONL file, found none; give it, or set calibration.{name} in "
+            "a config"
+        )
+    return Path(configured)
+
+
+def _certify(
+    findings: Sequence[Finding], registry: Path, gold_hash: str, settings: Calibration
+) -> list[Path]:
+    """One certificate for each judge, by all that a verdict file says of it: its name."""
+    now = datetime.now(UTC)
+    by_judge: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_judge.setdefault(finding.judge, []).append(finding)
+    return [
+        write_certificate(registry, JudgeIdentity(judge), found, gold_hash, settings, now)
+        for judge, found in by_judge.items()
+    ]
+
+
+def _show(findings: Sequence[Finding]) -> None:
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        # A file has no width: nothing in it is folded to fit one.
+        console.width = 160
+    for finding in findings:
+        console.print(_metrics(finding))
+        left_out = [f"{count} {why}" for why, count in _left_out(finding) if count]
+        if left_out:
+            console.print(f"left out: {', '.join(left_out)}")
+        for reason in finding.reasons:
+            console.print(f"- {reason}")
+        console.print()
+    console.print(_verdicts(findings))
+
+
+def _left_out(finding: Finding) -> list[tuple[str, int]]:
+    words = {
+        "no_gold": "with a verdict but no gold label",
+        "no_verdict": "with a gold label but no verdict",
+        "abstained": "abstentions (wrong where shares are counted)",
+        "no_majority": "without a majority",
+    }
+    return [(words[name], count) for name, count in finding.left_out.items()]
+
+
+def _metrics(finding: Finding) -> Table:
+    table = Table(title=f"{finding.judge} on {finding.dimension}: {finding.verdict}")
+    table.title_justify = "left"
+    table.add_column("metric")
+    for column in ("value", "95% interval", "n", "smallest detectable"):
+        table.add_column(column, justify="right")
+    for name, metric in finding.metrics.items():
+        at_floor = name in ("precision", "recall", "f1")
+        table.add_row(
+            f"{name} at {finding.floor:g}" if at_floor else name,
+            f"{metric.value:.3f}",
+            f"{metric.low:.3f} to {metric.high:.3f}",
+            str(metric.n),
+            f"{metric.detectable:.3f}",
+        )
+    return table
+
+
+def _verdicts(findings: Sequence[Finding]) -> Table:
+    table = Table(title="Verdicts", title_justify="left")
+    for column in ("judge", "dimension", "verdict", "granted for"):
+        table.add_column(column, overflow="fold")
+    table.add_column("n", justify="right")
+    for finding in findings:
+        table.add_row(*_verdict_row(finding))
+    return table
+
+
+def _verdict_row(finding: Finding) -> tuple[str, ...]:
+    granted: list[Any] = [p for p, verdict in finding.purposes.items() if verdict == "granted"]
+    return (
+        finding.judge,
+        finding.dimension,
+        finding.verdict,
+        ", ".join(granted) or "nothing",
+        str(finding.n),
+    )

@@ -1,0 +1,56 @@
+"""`pairloop judge`: what judges are worth, before their scores train anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+if TYPE_CHECKING:
+    from rlhf.config import RunConfig
+
+app = App(
+    name="judge",
+    help="Say what judges are worth, before their scores train anything.",
+    help_format="plaintext",
+)
+
+
+@app.command
+def calibrate(
+    config: Path | None = None,
+    /,
+    *,
+    verdicts: Path | None = None,
+    gold: Path | None = None,
+    registry: Path | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    overrides: Annotated[tuple[tuple[str, str], ...], Parameter(parse=False)] = (),
+) -> int:
+    """Measure how far judges agree with gold labels, and write their certificates.
+
+    Give a config that names both files (calibration.verdicts and calibration.gold), or the files.
+
+    Parameters
+    ----------
+    config
+        YAML file of a run: its floors, weights and thresholds decide.
+    verdicts
+        JSONL file: item_id, judge, dimension, and score (of an answer) or winner (of a pair: a, b
+        or tie); optional prompt_id, order (ab, ba), run, length, length_a, length_b.
+    gold
+        JSONL file: item_id, dimension, and score or winner; optional annotator.
+    registry
+        Folder for the certificates; default calibration.registry of the config.
+    json
+        Print a JSON list, one object a judge and dimension.
+    """
+    from launch.calibrate import run
+
+    loaded: RunConfig | None = None
+    if config is not None:
+        from rlhf import config_io
+
+        loaded, overrides = config_io.load([config], overrides), ()
+    return run(loaded, (verdicts, gold), registry, overrides, json)
