@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rlhf.calibration import Finding, Use, calibrate
 from rlhf.certificates import JudgeIdentity, write_certificate
 from rlhf.config import STANDARD_FLOORS, RunConfig, Selection
 from rlhf.config_calibration import Calibration
+from rlhf.config_judges import VerifierSpec
 from rlhf.errors import InputError
 from rlhf.files import finite_or_null, sha256_file
 from rlhf.judgements import read_both
@@ -46,7 +47,10 @@ def run(
     findings = calibrate(verdicts, gold, settings, use)
     if registry is None and config is not None:
         registry = Path(settings.registry)
-    written = _certify(findings, registry, sha256_file(gold_path), settings) if registry else []
+    written = []
+    if registry is not None:
+        known = _identities(config)
+        written = _certify(findings, registry, sha256_file(gold_path), settings, known)
     if as_json:
         listed = [finite_or_null(finding.as_json()) for finding in findings]
         print(json.dumps(listed, indent=2, ensure_ascii=False, allow_nan=False))
@@ -89,17 +93,34 @@ def _file(given: Path | None, configured: str | None, name: str) -> Path:
     return Path(configured)
 
 
+def _identities(config: RunConfig | None) -> dict[tuple[str, str], JudgeIdentity]:
+    """The config's own model judges: a certificate names their model, revision and rubric."""
+    if config is None:
+        return {}
+    from launch.judging import identities
+    from rollout.judges.panel import build
+
+    models = [spec for spec in config.judges.panel if not isinstance(spec, VerifierSpec)]
+    return identities(build(models, "judges.panel", config.placement.device))
+
+
 def _certify(
-    findings: Sequence[Finding], registry: Path, gold_hash: str, settings: Calibration
+    findings: Sequence[Finding],
+    registry: Path,
+    gold_hash: str,
+    settings: Calibration,
+    known: Mapping[tuple[str, str], JudgeIdentity],
 ) -> list[Path]:
-    """One certificate for each judge, by all that a verdict file says of it: its name."""
+    """A certificate for each identity: a judge of the config has one for each dimension, since
+    every dimension has its own rubric; of any other judge only the name is known."""
     now = datetime.now(UTC)
-    by_judge: dict[str, list[Finding]] = {}
+    by_identity: dict[JudgeIdentity, list[Finding]] = {}
     for finding in findings:
-        by_judge.setdefault(finding.judge, []).append(finding)
+        found = known.get((finding.judge, finding.dimension), JudgeIdentity(finding.judge))
+        by_identity.setdefault(found, []).append(finding)
     return [
-        write_certificate(registry, JudgeIdentity(judge), found, gold_hash, settings, now)
-        for judge, found in by_judge.items()
+        write_certificate(registry, who, found, gold_hash, settings, now)
+        for who, found in by_identity.items()
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from launch.cli import main
+from launch.judging import Judging
 from rlhf import config_io
 from rlhf.agreement import Metric
 from rlhf.calibration import Finding, Use
@@ -246,3 +247,36 @@ calibration: {verdicts: verdicts.jsonl, gold: gold.jsonl, bootstrap: 200}
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["floor"], found["verdict"]) == (0.6, "granted")
     assert len(list(Path("mine").iterdir())) == 1
+
+
+def test_calibration_certifies_the_model_that_the_config_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Path("verdicts.jsonl").open("w") as verdicts, Path("gold.jsonl").open("w") as gold:
+        for item in range(320):
+            dimension = ("correctness", "style")[item % 2]
+            good = (item * 7 % 10) / 10
+            line = {"item_id": item, "dimension": dimension, "score": good}
+            gold.write(json.dumps(line) + "\n")
+            extra = {"judge": "reader", "prompt_id": item // 8}
+            verdicts.write(json.dumps({**line, **extra}) + "\n")
+    Path("run.yaml").write_text(
+        """\
+model: {path: m}
+prompts: {train: {path: p}, gate: {path: p}, final: {path: p}}
+judges:
+  panel: [{kind: llm, name: reader, model: org/judge, dimensions: [correctness, style]}]
+selection: {floors: {correctness: 0.5}}
+calibration: {verdicts: verdicts.jsonl, gold: gold.jsonl, bootstrap: 200}
+"""
+    )
+    config = config_io.load([Path("run.yaml")])
+    with pytest.raises(InputError, match="reader on correctness: missing"):
+        Judging(config, "cpu")
+    assert main(["judge", "calibrate", "run.yaml"]) == 0
+    assert capsys.readouterr().out.count("certificate: ") == 2, "each dimension has its own rubric"
+    assert Judging(config, "cpu").uncertified == []
+    other = config_io.load([Path("run.yaml")], [("judges.panel.0.model", "org/other")])
+    with pytest.raises(InputError, match="mismatched.*org/judge"):
+        Judging(other, "cpu")

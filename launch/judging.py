@@ -1,0 +1,137 @@
+"""The judges of a run: built, certified, asked, and put to sleep while the learner works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+
+from rlhf.certificates import JudgeIdentity, Standing, require_certificates
+from rlhf.config import RunConfig
+from rlhf.files import make_folder, write_json
+from rlhf.protocols import Generator, Judge, ModelJudge
+from rlhf.protocols import Serving as ServingProtocol
+from rlhf.types import Completion, Prompt, scores_table
+from rlhf.verdict import STANDINGS
+from rollout.judges.llm import LlmJudge
+from rollout.judges.panel import build, check_abstentions, score_all, suspicious
+
+Items = Sequence[tuple[Prompt, Completion]]
+
+
+class Judging:
+    """Panel and audit judges together."""
+
+    def __init__(self, config: RunConfig, device: str) -> None:
+        """Build them, and see that those that train may.
+
+        Raises InputError where a judge can't be had, or lacks a certificate that it needs.
+        """
+        self._panel = build(config.judges.panel, "judges.panel", device)
+        self._audit = build(config.judges.audit, "judges.audit", device)
+        self._limit = config.judges.max_abstention
+        self._standings = require_certificates(config, identities(self._panel), datetime.now(UTC))
+        self._say: Callable[[str], None] = print
+
+    @property
+    def uncertified(self) -> list[Standing]:
+        """What trains without a certificate; not empty only where the config allows it."""
+        return [standing for standing in self._standings if not standing.granted]
+
+    def open(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Start them for a run, whose `folder` keeps what it must remember of its judges.
+
+        Raises InputError where an endpoint, a key or a rubric isn't what it must be.
+        """
+        self._say = say
+        make_folder(folder)
+        held = {"standings": [_entry(standing) for standing in self._standings]}
+        write_json(folder / STANDINGS, held)
+        for standing in self.uncertified:
+            say(
+                f"UNCERTIFIED: {standing.judge} trains {standing.dimension} without a certificate "
+                f"({standing.status}: {standing.reason}), since judges.uncertified is allow"
+            )
+        for judge in self._models:
+            for line in judge.start(folder):
+                say(line)
+
+    def score(self, items: Items, audited: bool) -> pl.DataFrame:
+        """Scores of the panel; with `audited`, of the audit judges too."""
+        return scores_table(score_all([*self._panel, *(self._audit if audited else ())], items))
+
+    def check(self, scores: pl.DataFrame) -> None:
+        """Tell what a stage's scores cost and which completions were suspicious.
+
+        Raises DataGateError where judges abstained too often.
+        """
+        news = [line for judge in self._models if (line := judge.news())]
+        for line in [*suspicious(scores), *news]:
+            self._say(line)
+        check_abstentions(scores, self._limit)
+
+    def sleep(self) -> None:
+        """The learner needs the device; the next score wakes them."""
+        for judge in self._models:
+            judge.sleep()
+
+    def close(self) -> None:
+        """Free everything."""
+        for judge in self._models:
+            judge.close()
+
+    @property
+    def _models(self) -> list[ModelJudge]:
+        return [j for j in (*self._panel, *self._audit) if isinstance(j, ModelJudge)]
+
+
+class Sharing:
+    """A generator that shares its device with judges: the learner has it while both sleep."""
+
+    def __init__(self, serving: ServingProtocol, judging: Judging) -> None:
+        self._serving = serving
+        self._judging = judging
+
+    def at(self, version: int, policy: Path | None) -> Generator:
+        """See `Serving.at`."""
+        return self._serving.at(version, policy)
+
+    def sleep(self) -> None:
+        """See `Serving.sleep`."""
+        self._serving.sleep()
+        self._judging.sleep()
+
+    def wake(self) -> None:
+        """See `Serving.wake`; a judge wakes when it is asked."""
+        self._serving.wake()
+
+
+def identities(judges: Sequence[Judge]) -> dict[tuple[str, str], JudgeIdentity]:
+    """(judge, dimension) -> what its certificate must name, for the judges that need one."""
+    return {
+        (judge.name, dimension): identity(judge, dimension)
+        for judge in judges
+        if isinstance(judge, LlmJudge)
+        for dimension in judge.dimensions
+    }
+
+
+def identity(judge: LlmJudge, dimension: str) -> JudgeIdentity:
+    """What a certificate must name for its judge to be this one."""
+    spec = judge.spec
+    remote = spec.backend == "openai"
+    return JudgeIdentity(
+        spec.name,
+        model=f"{spec.model} at {spec.base_url}" if remote else spec.model,
+        model_revision=spec.revision,
+        rubric_hash=judge.wording_sha256(dimension),
+        remote=remote,
+    )
+
+
+def _entry(standing: Standing) -> dict[str, str | bool | None]:
+    named = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(standing).items()}
+    return {**named, "granted": standing.granted}
