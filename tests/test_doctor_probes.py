@@ -209,6 +209,8 @@ def test_any_answer_of_the_hub_is_an_answer(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listening}")
     assert (probes.ask_hub(None).why_not, probes.ask_hub(None).host) == (None, "127.0.0.1")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://user:password@127.0.0.1:{listening}")
+    assert (probes.ask_hub(None).why_not, probes.ask_hub(None).host) == (None, "127.0.0.1")
     (tmp_path / "models--org--model/snapshots/abc").mkdir(parents=True)
     found = [probes.ask_hub(model) for model in ("org/model", "org/other", str(ROOT))]
     assert [(hub.model, hub.cached) for hub in found] == [

@@ -206,6 +206,14 @@ def test_the_notebook_runs_in_a_real_kernel(tmp_path: Path, tiny_model: Path) ->
         for output in cell.get("outputs", [])
         if output["output_type"] == "execute_result"
     ]
+    said = "".join(
+        output["text"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "stream"
+    )
+    assert "parity holds" in said
+    assert "IProgress" not in said
     assert any("final split" in data.get("text/markdown", "") for data in shown)
     assert any("difference" in data.get("text/html", "") for data in shown)
     assert shown[-1]["text/plain"] == "['correctness', 'reward']"
