@@ -16,7 +16,7 @@ from rlhf.protocols import Generator, Judge, ModelJudge
 from rlhf.protocols import Serving as ServingProtocol
 from rlhf.types import Completion, Prompt, scores_table
 from rlhf.verdict import STANDINGS
-from rollout.judges.llm import LlmJudge
+from rollout.judges.identity import identity
 from rollout.judges.panel import build, check_abstentions, score_all, suspicious
 
 Items = Sequence[tuple[Prompt, Completion]]
@@ -112,24 +112,11 @@ class Sharing:
 def identities(judges: Sequence[Judge]) -> dict[tuple[str, str], JudgeIdentity]:
     """(judge, dimension) -> what its certificate must name, for the judges that need one."""
     return {
-        (judge.name, dimension): identity(judge, dimension)
+        (judge.name, dimension): found
         for judge in judges
-        if isinstance(judge, LlmJudge)
         for dimension in judge.dimensions
+        if (found := identity(judge, dimension)) is not None
     }
-
-
-def identity(judge: LlmJudge, dimension: str) -> JudgeIdentity:
-    """What a certificate must name for its judge to be this one."""
-    spec = judge.spec
-    remote = spec.backend == "openai"
-    return JudgeIdentity(
-        spec.name,
-        model=f"{spec.model} at {spec.base_url}" if remote else spec.model,
-        model_revision=spec.revision,
-        rubric_hash=judge.wording_sha256(dimension),
-        remote=remote,
-    )
 
 
 def _entry(standing: Standing) -> dict[str, str | bool | None]:

@@ -127,6 +127,21 @@ class LlmSpec(_Judge):
         return self.mode == "pairwise"
 
 
+class RecordedSpec(_Judge):
+    """Verdicts that somebody else gave, read from a file: people, or any judge outside. The file
+    that calibrates it (`pairloop judge calibrate`) is the file that it scores from."""
+
+    kind: Literal["recorded"]
+    """Verdicts from a file."""
+    verdicts: str
+    """JSONL file as for `pairloop judge calibrate`, or scores in Parquet (a file, or a folder such
+    as a round's `scores`), with this judge's name in it. An `item_id` is the SHA-256 of prompt_id,
+    a line feed and the answer's text; or the prompt_id, a hyphen and the sample's number."""
+    completions: str | None = None
+    """Parquet file or folder (as a round's `completions`) with the answers that sample numbers
+    stand for. A verdict counts for that text alone, never for another answer with its number."""
+
+
 def _kind(value: Any) -> str | None:
     """The tag of an entry, read or built; None where it has none that could be one."""
     found = (
@@ -138,7 +153,9 @@ def _kind(value: Any) -> str | None:
 
 
 JudgeSpec = Annotated[
-    Annotated[VerifierSpec, Tag("verifier")] | Annotated[LlmSpec, Tag("llm")],
+    Annotated[VerifierSpec, Tag("verifier")]
+    | Annotated[LlmSpec, Tag("llm")]
+    | Annotated[RecordedSpec, Tag("recorded")],
     Discriminator(_kind),
 ]
 

@@ -232,9 +232,9 @@ judges:
     [
         (
             "      kind: lm",
-            'judges.panel.0.kind must be one of verifier, llm, found "lm" (run.yaml:4)',
+            'judges.panel.0.kind must be one of verifier, llm, recorded, found "lm" (run.yaml:4)',
         ),
-        ("      kind: [llm]", 'judges.panel.0.kind must be one of verifier, llm, found ["llm"]'),
+        ("      kind: [llm]", ', found ["llm"] (run.yaml:4)'),
         ("      functon: a:b", "unknown key judges.panel.0.functon (run.yaml:6); did you mean fun"),
         (
             "      one_call: all",

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import polars as pl
 
 from rlhf.config import RunConfig
-from rlhf.config_judges import JudgeSpec, LlmSpec, VerifierSpec
+from rlhf.config_judges import JudgeSpec, LlmSpec, RecordedSpec, VerifierSpec
 from rlhf.errors import DataGateError, PairloopError
 from rlhf.protocols import Judge
 from rlhf.types import Completion, Prompt, Score
 from rollout.judges.backends import Backend
 from rollout.judges.fence import SUSPICIOUS
 from rollout.judges.llm import LlmJudge, calls
+from rollout.judges.recorded import RecordedJudge
 from rollout.judges.verifier import Verifier
 
 _REASONS_SHOWN = 3
@@ -29,9 +30,11 @@ def build(specs: Sequence[JudgeSpec], field: str, device: str = "auto") -> list[
     return [_build(spec, f"{field}[{index}]", device) for index, spec in enumerate(specs)]
 
 
-def _build(spec: VerifierSpec | LlmSpec, field: str, device: str) -> Judge:
+def _build(spec: JudgeSpec, field: str, device: str) -> Judge:
     if isinstance(spec, VerifierSpec):
         return Verifier.of(spec, field)
+    if isinstance(spec, RecordedSpec):
+        return RecordedJudge.of(spec, field)
     backend: Backend
     if spec.backend == "openai":
         from rollout.judges.backends.openai import OpenAiBackend
