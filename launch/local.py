@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
+from launch.judging import Judging, Sharing
 from launch.placement import Plan, find
 from launch.quiet import hush, hush_transformers
 from launch.terminal import Terminal
 from rlhf.config import RunConfig
 from rlhf.errors import DataGateError, Interrupted, PairloopError
 from rlhf.interrupts import Interrupts
-from rlhf.protocols import Generator, Judge
+from rlhf.protocols import Generator
 from rlhf.rounds import RunStore
-from rlhf.types import scores_table
 from rollout.imports import resolve_path
-from rollout.judges.panel import build, check_abstentions, score_all
+from rollout.judges.panel import planned_calls
 from rollout.prompts import Pools, load_pools, prompt_table, sample_round
 
 if TYPE_CHECKING:
-    from rlhf.stages import Items, Outcome, Parts
+    from rlhf.stages import Outcome, Parts
 
 
 def train(config: RunConfig) -> int:
@@ -39,12 +37,12 @@ def run(config: RunConfig) -> Outcome:
     hush()
     terminal = Terminal(config.tracking.plain)
     plan = find(config)
-    panel = build(config.judges.panel, "judges.panel")
-    audit = build(config.judges.audit, "judges.audit")
+    judging = Judging(config, plan.device)
     with Interrupts() as interrupts, RunStore.open(config) as store:
         terminal.say(f"run {store.folder}: {plan.engine} on {plan.device}, weights {plan.sync}")
         try:
-            with _wired(config, plan, store, (panel, audit), terminal, interrupts) as parts:
+            judging.open(store.folder / "judges", terminal.say)
+            with _wired(config, plan, store, judging, (terminal, interrupts)) as parts:
                 from rlhf import online_dpo
 
                 outcome = online_dpo.run(config, store, parts)
@@ -70,9 +68,12 @@ def rehearse(config: RunConfig) -> str:
 
     Raises InputError where a run would, over-long prompts aside.
     """
-    build(config.judges.panel, "judges.panel")
-    build(config.judges.audit, "judges.audit")
-    return _counted(load_pools(config.prompts, config.run.seed, None))
+    judging = Judging(config, config.placement.device)
+    pools = load_pools(config.prompts, config.run.seed, None)
+    uncertified = [
+        f"{s.judge} on {s.dimension}: uncertified ({s.status})" for s in judging.uncertified
+    ]
+    return "\n".join([_counted(pools), *_calls(config, pools), *uncertified])
 
 
 @contextmanager
@@ -80,14 +81,14 @@ def _wired(
     config: RunConfig,
     plan: Plan,
     store: RunStore,
-    judges: tuple[Sequence[Judge], Sequence[Judge]],
-    terminal: Terminal,
-    interrupts: Interrupts,
+    judging: Judging,
+    watch: tuple[Terminal, Interrupts],
 ) -> Iterator[Parts]:
-    """The parts of a run; frees the generator at the end."""
+    """The parts of a run; frees generator and judges at the end."""
+    terminal, interrupts = watch
     from rlhf.learner import Learner
-    from rlhf.online_dpo import Parts
     from rlhf.policy import Policy, load_tokenizer, materialise, prompt_encoder
+    from rlhf.stages import Parts
     from rollout.weight_sync import Serving
 
     hush_transformers()
@@ -96,7 +97,8 @@ def _wired(
     )
     tokenizer = load_tokenizer(config.model, path)
     pools = load_pools(config.prompts, config.run.seed, prompt_encoder(tokenizer))
-    terminal.say(_counted(pools))
+    for line in (_counted(pools), *_calls(config, pools)):
+        terminal.say(line)
     policy = Policy(config.model, path, plan.device, config.run.seed)
     learner = Learner(policy, config)
     serving = Serving(
@@ -107,22 +109,17 @@ def _wired(
         pools.train,
         lambda found: terminal.say(_parity_line(found)),
     )
-    panel, audit = judges
-
-    def score(items: Items, audited: bool) -> pl.DataFrame:
-        return scores_table(score_all([*panel, *(audit if audited else ())], items))
-
     try:
         yield Parts(
-            serving=serving,
+            serving=Sharing(serving, judging),
             learner=learner,
             sample=lambda index: sample_round(
                 pools.train, index - 1, config.rounds.prompts_per_round, config.run.seed
             ),
             gate=pools.gate,
             final=pools.final,
-            score=score,
-            check_scores=lambda table: check_abstentions(table, config.judges.max_abstention),
+            score=judging.score,
+            check_scores=judging.check,
             prompt_table=prompt_table,
             counts=pools.counts,
             reporter=terminal,
@@ -130,6 +127,7 @@ def _wired(
         )
     finally:
         serving.close()
+        judging.close()
 
 
 def _generator(config: RunConfig, plan: Plan, policy: Any, pools: Pools) -> Generator:
@@ -179,6 +177,10 @@ def _counted(pools: Pools) -> str:
         for split, c in pools.counts.items()
     ]
     return "prompts: " + "; ".join(shown)
+
+
+def _calls(config: RunConfig, pools: Pools) -> list[str]:
+    return planned_calls(config, len(pools.train), len(pools.gate), len(pools.final))
 
 
 def _parity_line(found: dict[str, Any]) -> str:

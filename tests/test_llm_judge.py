@@ -55,9 +55,9 @@ def spec(**settings: Any) -> LlmSpec:
     return LlmSpec(kind="llm", name="reader", **values)
 
 
-def judge(reply: Reply, nonce: str | None = None, **settings: Any) -> tuple[LlmJudge, Stub]:
+def judge(reply: Reply, **settings: Any) -> tuple[LlmJudge, Stub]:
     found, stub = spec(**settings), Stub(reply)
-    return LlmJudge(found, load_rubrics(found, "judges.panel[0]"), stub, nonce), stub
+    return LlmJudge.of(found, "judges.panel[0]", stub), stub
 
 
 def item(text: str, sample: int = 0, prompt_id: str = "p", **prompt: Any) -> Item:
@@ -204,7 +204,7 @@ def test_one_call_may_grade_every_dimension_each_by_its_own_place() -> None:
     pieces = ('{"style":{"reason":"a","grade":', "5", '},"correctness":{"reason":"b","grade":', "2")
     text = "".join((*pieces, "}}"))
     given = (*tokens(*pieces, g5=0.5, g1=0.5), Token("}}", {}))
-    two = {"dimensions": ["style", "correctness"], "one_call": "all"}
+    two: dict[str, Any] = {"dimensions": ["style", "correctness"], "one_call": "all"}
     built, stub = judge(lambda call: Answer(text, given), grade="expected", **two)
     style, correctness = built.score([item("At nine.")])
     assert len(stub.asked) == 1 and stub.asked[0].max_tokens == 2 * built.spec.max_tokens
@@ -217,7 +217,7 @@ def test_one_call_may_grade_every_dimension_each_by_its_own_place() -> None:
 
 
 def test_a_dimension_that_needs_a_context_abstains_without_a_call() -> None:
-    two = {"dimensions": ["groundedness", "style"]}
+    two: dict[str, Any] = {"dimensions": ["groundedness", "style"]}
     for one_call in ("per_dimension", "all"):
         built, stub = judge(said(verdict(5)), one_call=one_call, **two)
         groundedness, style = built.score([item("At nine.")])
@@ -226,7 +226,7 @@ def test_a_dimension_that_needs_a_context_abstains_without_a_call() -> None:
 
 
 def test_a_rubric_shows_what_it_lets_the_judge_see_and_no_more() -> None:
-    extra = {"context": "Open 9 to 5.", "reference": "At 9 am."}
+    extra: dict[str, Any] = {"context": "Open 9 to 5.", "reference": "At 9 am."}
     for dimension, shown in (("style", []), ("groundedness", ["context"])):
         built, stub = judge(said(verdict(5)), dimensions=[dimension])
         built.score([item("At nine.", **extra)])
@@ -508,18 +508,18 @@ def test_a_real_engine_grades_within_the_schema(smollm2: str) -> None:
         assert isinstance(found, LlmJudge)
         return found
 
-    items = [item("It opens at nine.", 0), item("dont know lol", 1), item("nine " * 2000, 2)]
-    two = {"dimensions": ["style", "helpfulness"]}
-    reader = built(grade="expected", max_tokens=160, **two)
+    items = [item("It opens at nine.", 0), item("nine " * 2000, 1), item("At 9.", 2)]
+    reader = built(grade="expected")
     try:
         assert reader.start(None) == []
-        found = reader.score(items)
-        assert all(s.score is not None for s in found[:4]), found[:4]
-        assert any((s.score or 0) * 4 % 1 > 1e-6 for s in found[:4]), "no expected grade is whole"
-        assert all("too long for engine.max_length 2048" in str(s.reason) for s in found[4:])
-        for other in (built(one_call="all", **two), built(mode="pairwise", max_tokens=160)):
+        graded, too_long = reader.score(items[:2])
+        assert graded.score is not None, graded
+        assert (graded.score * 4) % 1 > 1e-6, "no expected grade is whole"
+        assert "too long for engine.max_length 2048" in str(too_long.reason)
+        nested = {"dimensions": ["style", "helpfulness"], "one_call": "all"}
+        for other in (built(**nested), built(mode="pairwise")):
             other.backend = reader.backend
-            scores = other.score(items[:2])
+            scores = other.score([items[0], items[2]])
             assert not any(s.abstained for s in scores), scores
     finally:
         reader.close()

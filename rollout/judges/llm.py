@@ -68,21 +68,19 @@ class _Tally:
 class LlmJudge:
     """Scores completions by asking a model, through whatever back end holds it."""
 
-    def __init__(
-        self, spec: LlmSpec, rubrics: Mapping[str, Rubric], backend: Backend, nonce: str | None
-    ) -> None:
+    def __init__(self, spec: LlmSpec, rubrics: Mapping[str, Rubric], backend: Backend) -> None:
         self.spec = spec
         self.name = spec.name
         self.dimensions = tuple(spec.dimensions)
         self.rubrics = {dimension: rubrics[dimension] for dimension in spec.dimensions}
         self.backend = backend
-        self._fence = Fence(nonce)
+        self._fence = Fence()
 
     @classmethod
     def of(cls, spec: LlmSpec, field: str, backend: Backend) -> LlmJudge:
         """The judge that a configuration names. Raises InputError for a rubric that can't be
         read."""
-        return cls(spec, load_rubrics(spec, field), backend, None)
+        return cls(spec, load_rubrics(spec, field), backend)
 
     def start(self, folder: Path | None) -> list[str]:
         """Check rubrics and back end before anything is generated; what is worth saying.
