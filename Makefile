@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-EXTRAS := dev,deepspeed,qlora,ray,wandb
+EXTRAS := dev,deepspeed,qlora,ray,tensorboard,wandb
 ifeq ($(GPU),yes)
 CONSTRAINTS := constraints/gpu.txt
 WANTED := -e '.[$(EXTRAS),vllm]'

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,14 +190,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shadow.check()
     except shadow.ShadowError as error:
         return _fail(str(error), error.exit_status)
-    from rlhf.errors import PairloopError
+    from rlhf.errors import Interrupted, PairloopError
 
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
+        return _dispatch(given)
+    except Interrupted as error:
+        return _stopped(str(error), given, error.exit_status)
     except PairloopError as error:
         return _fail(str(error), error.exit_status)
     except KeyboardInterrupt:
-        return _fail("stopped from the keyboard; the same command goes on", 130)
+        return _stopped(
+            "stopped at once; what was finished is kept. Run the same command to resume", given, 130
+        )
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -274,6 +281,17 @@ def _usage(error: CycloptsError) -> str:
         if near:
             message += f" Did you mean {' or '.join(f'--{name}' for name in near)}?"
     return f"{message} `pairloop --help` says more."
+
+
+def _stopped(message: str, arguments: Sequence[str], status: int) -> int:
+    """Say how to go on, as a line to paste."""
+    as_module = Path(sys.argv[0]).name == "__main__.py"
+    program = sys.executable if as_module else sys.argv[0]
+    if shutil.which(Path(program).name) == program:
+        program = Path(program).name
+    command = [program, *(("-m", "launch") if as_module else ()), *arguments]
+    print(f"{message}:\n  {shlex.join(command)}", file=sys.stderr)
+    return status
 
 
 def _fail(message: str, status: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.judging import Judging, Sharing
@@ -12,10 +13,13 @@ from launch.placement import Plan, find
 from launch.quiet import hush, hush_transformers
 from launch.terminal import Terminal
 from rlhf.config import RunConfig
+from rlhf.config_io import resolved
 from rlhf.errors import DataGateError, Interrupted, PairloopError
 from rlhf.interrupts import Interrupts
 from rlhf.protocols import Generator
 from rlhf.rounds import RunStore
+from rlhf.tracking import Trackers
+from rlhf.tracking import build as build_trackers
 from rollout.imports import resolve_path
 from rollout.judges.panel import planned_calls
 from rollout.prompts import Pools, load_pools, prompt_table, sample_round
@@ -38,22 +42,34 @@ def run(config: RunConfig) -> Outcome:
     terminal = Terminal(config.tracking.plain)
     plan = find(config)
     judging = Judging(config, plan.device)
-    with Interrupts() as interrupts, RunStore.open(config) as store:
+    trackers = Trackers(build_trackers(config.tracking), terminal.say)
+    with (
+        Interrupts(terminal.announce) as interrupts,
+        RunStore.open(config) as store,
+        terminal.showing(store.folder / "output.log"),
+    ):
         terminal.say(f"run {store.folder}: {plan.engine} on {plan.device}, weights {plan.sync}")
+        watch = _Watch(terminal, trackers, interrupts)
         try:
+            trackers.start(config.run.name, resolved(config), store.folder / "trackers")
             judging.open(store.folder / "judges", terminal.say)
-            with _wired(config, plan, store, judging, (terminal, interrupts)) as parts:
+            with _wired(config, plan, store, judging, watch) as parts:
                 from rlhf import online_dpo
 
                 outcome = online_dpo.run(config, store, parts)
         except Interrupted as error:
             store.status("interrupted", reason=str(error))
             _summarise(store, config, error)
+            trackers.finish("interrupted")
             raise
         except PairloopError as error:
             store.status("failed", reason=str(error))
             _summarise(store, config, error)
+            trackers.finish("failed")
             raise
+        trackers.finish(outcome.state)
+        for name, reason in trackers.lost.items():
+            terminal.say(f"tracker {name} was lost on the way: {reason}")
         terminal.say(f"{outcome.state.replace('_', ' ')}: {outcome.reason}")
         terminal.say(f"summary: {store.folder / 'summary.md'}")
         terminal.say(f"report: {store.folder / 'report.html'}")
@@ -63,12 +79,22 @@ def run(config: RunConfig) -> Outcome:
         return outcome
 
 
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """Who watches a run, and may ask it to stop."""
+
+    terminal: Terminal
+    trackers: Trackers
+    interrupts: Interrupts
+
+
 def rehearse(config: RunConfig) -> str:
     """Load judges and prompts as a run would, without a model; what became of the prompts.
 
     Raises InputError where a run would, over-long prompts aside.
     """
     judging = Judging(config, config.placement.device)
+    build_trackers(config.tracking)
     pools = load_pools(config.prompts, config.run.seed, None)
     uncertified = [
         f"{s.judge} on {s.dimension}: uncertified ({s.status})" for s in judging.uncertified
@@ -82,10 +108,9 @@ def _wired(
     plan: Plan,
     store: RunStore,
     judging: Judging,
-    watch: tuple[Terminal, Interrupts],
+    watch: _Watch,
 ) -> Iterator[Parts]:
     """The parts of a run; frees generator and judges at the end."""
-    terminal, interrupts = watch
     from rlhf.learner import Learner
     from rlhf.policy import Policy, load_tokenizer, materialise, prompt_encoder
     from rlhf.stages import Parts
@@ -98,7 +123,7 @@ def _wired(
     tokenizer = load_tokenizer(config.model, path)
     pools = load_pools(config.prompts, config.run.seed, prompt_encoder(tokenizer))
     for line in (_counted(pools), *_calls(config, pools)):
-        terminal.say(line)
+        watch.terminal.say(line)
     policy = Policy(config.model, path, plan.device, config.run.seed)
     learner = Learner(policy, config)
     serving = Serving(
@@ -107,7 +132,7 @@ def _wired(
         plan.sync,
         store.folder / "published",
         pools.train,
-        lambda found: terminal.say(_parity_line(found)),
+        lambda found: watch.terminal.say(_parity_line(found)),
     )
     try:
         yield Parts(
@@ -122,8 +147,9 @@ def _wired(
             check_scores=judging.check,
             prompt_table=prompt_table,
             counts=pools.counts,
-            reporter=terminal,
-            interrupts=interrupts,
+            reporter=watch.terminal,
+            trackers=watch.trackers,
+            interrupts=watch.interrupts,
         )
     finally:
         serving.close()

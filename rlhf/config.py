@@ -6,13 +6,15 @@ The YAML sections are the fields of `RunConfig`. Loading, merging and overriding
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from rlhf.config_base import Section, Share
 from rlhf.config_calibration import Calibration
 from rlhf.config_judges import Judges
+from rlhf.redaction import secret_in
 
 
 class Run(Section):
@@ -295,13 +297,31 @@ class Placement(Section):
     """`auto` takes the GPU where there is one."""
 
 
+class Wandb(Section):
+    """Weights & Biases. Its key comes from WANDB_API_KEY or `wandb login`, never from here."""
+
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """`offline` keeps everything in the run's folder for `wandb sync`. Default: WANDB_MODE, else
+    online."""
+    project: str | None = None
+    """Default: WANDB_PROJECT, else pairloop."""
+    entity: str | None = None
+    """User or team. Default: WANDB_ENTITY, else your own."""
+
+
 class Tracking(Section):
     """What is shown while it runs. Nothing here can change a result."""
 
     plain: bool = False
-    """Plain lines, no progress bars (also when not a terminal)."""
+    """Plain lines, no live display (also when not a terminal)."""
     log_steps: Annotated[int, Field(ge=1)] = 1
     """Optimizer steps between lines in metrics.jsonl."""
+    trackers: list[str] = Field(default_factory=list)
+    """`wandb`, `tensorboard`, or both: told what goes to metrics.jsonl, and tables of samples."""
+    samples: Annotated[int, Field(ge=0)] = 16
+    """Pairs, and greedy answers before and after, in each round's tables for trackers. With wandb
+    online these texts leave the machine; 0 keeps them here."""
+    wandb: Wandb = Wandb()
 
 
 class RunConfig(Section):
@@ -347,6 +367,17 @@ class RunConfig(Section):
                 f"selection.weights must be given: judges score {list(scored)}, "
                 "none of which has a standard weight"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> RunConfig:
+        """The config is dumped, hashed and told to trackers."""
+        for name, text in _texts(self.model_dump()):
+            if (found := secret_in(text)) is not None:
+                raise ValueError(
+                    f"{name} must hold no secret, but it holds {found}; leave it out here and set "
+                    "it in the environment (HF_TOKEN, WANDB_API_KEY and the like)"
+                )
         return self
 
     @model_validator(mode="after")
@@ -413,3 +444,14 @@ class RunConfig(Section):
 
     def _standard(self, values: dict[str, float]) -> dict[str, float]:
         return {d: v for d, v in values.items() if d in self.judges.dimensions}
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a dump, keys of free mappings too, with the dotted name of its setting."""
+    if isinstance(value, str):
+        yield name, value
+    entries = value.items() if isinstance(value, dict) else []
+    items = enumerate(value) if isinstance(value, list) else entries
+    for key, child in items:
+        yield name or str(key), str(key)
+        yield from _texts(child, f"{name}.{key}" if name else str(key))

@@ -31,6 +31,7 @@ from rlhf.config_base import Section
 from rlhf.config_help import alternatives, kinds, locate, rule, suggest
 from rlhf.config_yaml import INTEGER, NUMBER, KeyPath, Node, Reader, dotted, read_file, show
 from rlhf.errors import InputError
+from rlhf.redaction import names_secret
 
 S = TypeVar("S", bound=Section)
 
@@ -181,9 +182,15 @@ def _explain(detail: ErrorDetails, root: Node) -> str:
 
 def _unknown(section: KeyPath, key: str, annotation: type[Section], root: Node) -> str:
     path = (*section, key)
-    near = get_close_matches(key, annotation.model_fields, n=1)
+    secret = names_secret(key)
+    near = get_close_matches(key, annotation.model_fields, n=1, cutoff=0.8 if secret else 0.6)
     homes = suggest(key)
-    if near:
+    if secret and not near:
+        remedy = (
+            "secrets such as WANDB_API_KEY and HF_TOKEN come from the environment, never from a "
+            "config: leave it out"
+        )
+    elif near:
         remedy = f"did you mean {near[0]}?"
     elif homes:
         remedy = f"did you mean {' or '.join(homes)}?"

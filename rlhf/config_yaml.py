@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 
+from rlhf.redaction import mask
+
 KeyPath = tuple[str | int, ...]
 """Keys and, in lists, indices from the root down."""
 
@@ -165,6 +167,6 @@ def dotted(path: KeyPath) -> str:
 
 
 def show(value: Any) -> str:
-    """The value as JSON, at most 80 characters of it."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """The value as JSON, at most 80 characters of it, and nothing of a secret."""
+    text = mask(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from shlex import join
 from typing import Any
 
 import polars as pl
@@ -249,7 +248,8 @@ class FolderLock:
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(join(sys.orig_argv).split())[:200],
+            # Not its arguments: a script around ours may take a secret there.
+            "program": sys.argv[0],
         }
         with reports_full_disk(path):
             os.ftruncate(self._descriptor, 0)
@@ -266,7 +266,7 @@ def _held_message(folder: Path, path: Path) -> str:
     try:
         holder = json.loads(path.read_bytes())
         pid = holder["pid"]
-        who = f"process {pid} on {holder['host']} since {holder['started']}: {holder['command']}"
+        who = f"process {pid} on {holder['host']} since {holder['started']}: {holder['program']}"
         stop = f"stop it (kill -TERM {pid}) or wait for it"
     # The holder writes its name just after it gets the lock: we may look in between.
     except (ValueError, KeyError):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -15,17 +16,26 @@ from rlhf.errors import Interrupted
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+def to_stderr(text: str) -> None:
+    """One line on stderr, from within a signal handler."""
+    # print() may be interrupted by this very handler and refuse to be entered twice.
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+
+
 class Interrupts:
     """While entered, SIGTERM, SIGUSR1 and SIGINT only ask: `check` raises at the next safe point.
 
-    A second SIGINT raises KeyboardInterrupt at once. Python hears signals in its main thread alone,
+    `announce` is told so at once, from within the signal handler: it may not print or wait. A
+    second SIGINT raises KeyboardInterrupt at once. Python hears signals in its main thread alone,
     so entered elsewhere this changes nothing and `check` never raises.
 
     >>> with Interrupts() as interrupts:
     ...     interrupts.check()
     """
 
-    def __init__(self) -> None:
+    def __init__(self, announce: Callable[[str], None] = to_stderr) -> None:
+        self._announce = announce
         self._requested: signal.Signals | None = None
         self._sigints = 0
         self._former: dict[signal.Signals, Any] = {}
@@ -67,7 +77,7 @@ class Interrupts:
             self._sigints += 1
             if self._sigints > 1:
                 raise KeyboardInterrupt
-        again = "; once more to stop at once" if heard is signal.SIGINT else ""
-        # print() may be interrupted by this very handler and refuse to be entered twice.
-        with contextlib.suppress(OSError):
-            os.write(2, f"\n{heard.name}: stopping at the next safe point{again}\n".encode())
+        name, again = heard.name, ""
+        if heard is signal.SIGINT:
+            name, again = "Ctrl-C", "; Ctrl-C again stops now"
+        self._announce(f"{name}: stopping after this shard or step{again}")

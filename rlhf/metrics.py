@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,21 @@ from rlhf.files import atomic_write, finite_or_null, make_folder, reports_full_d
 
 _KEYS = ("round", "stage", "step")
 
+Log = Callable[[int | None, str, int, Mapping[str, Any]], None]
+"""Round, stage, step, values."""
+
 
 class Metrics:
     """An append-only log of `{"round", "stage", "step", ...}` lines.
 
     A stage that starts over, or goes on from a checkpoint, first calls `rewind`: so no step is in
-    the file twice. A last line torn by a kill is dropped when the file is opened.
+    the file twice. A last line torn by a kill is dropped when the file is opened. `also` is told
+    each line once it is in the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, also: Log = lambda *_: None) -> None:
         self.path = path
+        self._also = also
         make_folder(path.parent)
         with path.open("ab+") as file:
             file.seek(0)
@@ -50,6 +55,14 @@ class Metrics:
             except OSError:
                 file.truncate(start)
                 raise
+        self._also(round, stage, step, values)
+
+    def settle(self, round: int | None, stage: str, values: Mapping[str, Any]) -> None:
+        """The one line of a stage that is derived from stored results: there once, as they are."""
+        line = finite_or_null({"round": round, "stage": stage, "step": 1, **values})
+        if line not in self.read():
+            self.rewind(round, stage)
+            self.log(round, stage, 1, values)
 
     def rewind(self, round: int | None, stage: str, after_step: int = 0) -> None:
         """Drop the lines of this round and stage whose step is above `after_step`."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rlhf.types import Completion, Prompt, Score
 
@@ -143,10 +143,55 @@ class Reporter(Protocol):
         """One line."""
         ...
 
+    def stage(self, label: str) -> None:
+        """What is being done from now on."""
+        ...
+
+    def metrics(self, label: str, values: Mapping[str, float]) -> None:
+        """The latest numbers, such as a training step's; they replace those before."""
+        ...
+
     def progress(self, label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """A stage of `total` units; yields a function that says how many are done."""
         ...
 
     def table(self, title: str, rows: Sequence[Mapping[str, str]]) -> None:
         """A small table, columns as in the first row."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedRun:
+    """What a tracker is told of the run that it will follow."""
+
+    name: str
+    identity: str
+    """The same at every start of this run, and of no other."""
+    folder: Path
+    """For the tracker's own files, inside the run's folder."""
+    config: Mapping[str, Any]
+    """Resolved settings; they hold no secret."""
+    told: int
+    """Lines and tables that it was told at earlier starts; 0 for a new run."""
+
+
+class Tracker(Protocol):
+    """Keeps a run's numbers where people look at them. `rlhf.tracking` sees to it that nothing is
+    told twice and no step goes back; what a tracker raises after its start never stops a run."""
+
+    def start(self, run: TrackedRun) -> str:
+        """Begin, or go on; called before a model is loaded. Returns where to look, as one line."""
+        ...
+
+    def log(self, round: int | None, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Finite numbers of a stage. `step` counts optimizer steps over all rounds."""
+        ...
+
+    def table(self, round: int, name: str, rows: Sequence[Mapping[str, str | float]]) -> None:
+        """Samples of a round, one row or more, columns as in the first; kept beside those of other
+        rounds. Text is a model's or a user's: to be shown as it stands."""
+        ...
+
+    def finish(self, state: str) -> None:
+        """The run is over or stopped for now; `state` as in status.json."""
         ...

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import polars as pl
@@ -24,6 +24,7 @@ from rlhf.protocols import Reporter, Sampling, Serving
 from rlhf.rounds import Round, RunStore
 from rlhf.selection import Rules, check_cold_start, cold_start, select_pairs
 from rlhf.summary import model_card, write_summary
+from rlhf.tracking import Trackers, answer_rows, pair_rows
 from rlhf.types import Completion, Prompt, completions_of, completions_table
 
 Items = Sequence[tuple[Prompt, Completion]]
@@ -47,6 +48,7 @@ class Parts:
     counts: Mapping[str, Mapping[str, int]]
     """What became of the prompts that were read, per split."""
     reporter: Reporter
+    trackers: Trackers
     interrupts: Interrupts
 
 
@@ -69,7 +71,9 @@ class Stages:
         self.parts = parts
         self.rules = Rules.of(config)
         self._last_ended = time.perf_counter()
-        self.metrics = Metrics(store.folder / "metrics.jsonl")
+        self.metrics = Metrics(store.folder / "metrics.jsonl", self._tell)
+        self._noted: set[str] = set()
+        parts.trackers.replay(self.metrics.read())
 
     def generate(
         self,
@@ -141,9 +145,14 @@ class Stages:
         def compute(shard: int) -> pl.DataFrame:
             known = {p.prompt_id: p for p in shards[shard]}
             part = completions_of(completions.filter(pl.col("prompt_id").is_in(list(known))))
-            return self.parts.score([(known[c.prompt_id], c) for c in part], audit)
+            scores = self.parts.score([(known[c.prompt_id], c) for c in part], audit)
+            advance(shard + 1)
+            return scores
 
-        with self._timed(round, name):
+        with (
+            self._timed(round, name),
+            self.parts.reporter.progress(f"{_title(round)} {name}", len(shards)) as advance,
+        ):
             return round.shards(name, len(shards), compute, self.parts.interrupts.check)
 
     def keep(self, round: Round, prompts: Sequence[Prompt]) -> None:
@@ -187,6 +196,10 @@ class Stages:
                 f"{lost['step']} ({lost['lost_prompts']} prompts: {lost['why']}). "
                 f"The whole funnel is in {round.path / 'funnel.json'}"
             )
+        assert round.index is not None
+        self.parts.trackers.table(
+            round.index, "pairs", lambda: pair_rows(pairs, self.config.tracking.samples)
+        )
         return pairs
 
     def train(self, round: Round, pairs: pl.DataFrame) -> None:
@@ -244,7 +257,11 @@ class Stages:
             drawn = self.generate(round, "evaluation/fresh", prompts, version, fresh)
             with self._timed(round, "kl"):
                 round.record("kl", lambda: self._kl(drawn, version))
-        round.record("evaluation", lambda: self._evaluation(round, version))
+        found = round.record("evaluation", lambda: self._evaluation(round, version))
+        values = {name: score["value"] for name, score in found["scores"].items()}
+        if version > 0:
+            values["kl"] = round.stored("kl")["kl"]
+        self.metrics.settle(version, "held_out", values)
 
     def gate(self, round: Round, best: int) -> dict[str, Any]:
         """Whether this round is promoted, judged against the best so far."""
@@ -297,6 +314,10 @@ class Stages:
                 "change": compare(tables["best"], tables["start"], *self._draws),
             },
         )
+        change = final.stored("evaluation")["change"]
+        self.metrics.settle(
+            None, "claim", {name: found["difference"] for name, found in change.items()}
+        )
 
     def summarise(self) -> None:
         """Write summary.md and report.html from what is stored."""
@@ -309,6 +330,18 @@ class Stages:
     def policy(self, version: int) -> Path | None:
         """Where a version is stored; None for the start."""
         return None if version == 0 else self.store.round(version).path / "policy"
+
+    def _tell(self, round: int | None, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Show and track a line of metrics.jsonl, and note there which trackers that cost."""
+        if stage in ("train", "held_out"):
+            shown = {k: v for k, v in values.items() if isinstance(v, float)}
+            self.parts.reporter.metrics(f"round {round} {stage}", shown)
+        self.parts.trackers.log(round, stage, step, values)
+        for name in sorted(self.parts.trackers.lost.keys() - self._noted):
+            self._noted.add(name)
+            lines = [line for line in self.metrics.read() if line["stage"] == "lost_tracker"]
+            why = {"tracker": name, "reason": self.parts.trackers.lost[name]}
+            self.metrics.log(round, "lost_tracker", len(lines) + 1, why)
 
     def _score_held_out(
         self, round: Round, name: str, prompts: Sequence[Prompt], version: int
@@ -330,6 +363,17 @@ class Stages:
             drawn = self.generate(round, "greedy/completions", prompts, version, greedy)
             # For reading only, so abstentions stop nothing here.
             self._scored(round, "greedy/scores", prompts, drawn, audit=True)
+            if version > 0:
+                shown = prompts[: self.config.tracking.samples]
+                self.parts.trackers.table(
+                    version, "greedy", lambda: answer_rows(shown, self._start_greedy(), drawn)
+                )
+
+    def _start_greedy(self) -> pl.DataFrame:
+        """What the start answered, as it is stored."""
+        prompts = self.parts.gate[: self.config.evaluation.greedy_prompts]
+        count = len(self._shards(prompts))
+        return self.store.round(0).shards("greedy/completions", count, _unreachable)
 
     def _evaluation(self, round: Round, version: int) -> dict[str, Any]:
         table = self._table(round)
@@ -401,6 +445,8 @@ class Stages:
         """
         note: dict[str, Any] = {}
         stored = round.done(artifact or name)
+        if not stored:
+            self.parts.reporter.stage(f"{_title(round)} {name}")
         started = time.perf_counter()
         yield note
         if not stored:
@@ -428,5 +474,5 @@ def _title(round: Round) -> str:
     return "final" if round.index is None else f"round {round.index}"
 
 
-def _unreachable(_: Path) -> None:
+def _unreachable(_: Path | int) -> NoReturn:
     raise AssertionError("stored already")

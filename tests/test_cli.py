@@ -198,9 +198,7 @@ def test_wrong_commands_exit_2(
     [
         (errors.InputError("no such field"), 2),
         (errors.DataGateError("too many abstentions"), 3),
-        (errors.Interrupted("at a safe point"), 75),
         (errors.ParityError("stale"), 1),
-        (KeyboardInterrupt(), 130),
     ],
 )
 def test_errors_become_exit_codes_without_a_traceback(
@@ -218,6 +216,33 @@ def test_errors_become_exit_codes_without_a_traceback(
     shown = capsys.readouterr().err
     assert shown.startswith(f"error: {error}" if str(error) else "error: ")
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (errors.Interrupted("stopped at a safe point"), 75, "stopped at a safe point:\n"),
+        (KeyboardInterrupt(), 130, "stopped at once; what was finished is kept."),
+    ],
+)
+def test_a_stopped_run_names_the_command_that_goes_on(
+    config: str,
+    install: Install,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int,
+    said: str,
+) -> None:
+    def stop(config: RunConfig) -> int:
+        raise error
+
+    install("launch.local", "train", stop)
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/pairloop"])
+    assert cli.main(["train", config, "--run.directory", "a b"]) == status
+    shown = capsys.readouterr().err
+    assert shown.startswith(said)
+    assert shown.endswith(f":\n  /opt/bin/pairloop train {config} --run.directory 'a b'\n")
 
 
 def test_an_unexpected_exception_keeps_its_traceback(config: str, install: Install) -> None:

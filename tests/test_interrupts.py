@@ -16,6 +16,7 @@ from rlhf.errors import Interrupted
 from rlhf.interrupts import Interrupts
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+SHOWN = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "Ctrl-C"}
 ROOT = str(Path(rlhf.__file__).parents[1])
 
 LOOP = """
@@ -50,7 +51,16 @@ def test_a_signal_stops_at_the_check_and_not_before(
             interrupts.check()
         with pytest.raises(Interrupted):
             interrupts.check()
-    assert f"{number.name}: stopping at the next safe point" in capfd.readouterr().err
+    assert f"{SHOWN[number]}: stopping after this shard or step" in capfd.readouterr().err
+
+
+def test_only_the_keyboard_is_told_how_to_stop_at_once_and_whoever_asked_hears_it() -> None:
+    said: list[str] = []
+    with Interrupts(said.append):
+        for number in SIGNALS:
+            signal.raise_signal(number)
+    assert [line for line in said if "Ctrl-C again stops now" in line] == [said[-1]]
+    assert len(said) == len(SIGNALS)
 
 
 def test_the_second_sigint_stops_at_once() -> None:
@@ -112,4 +122,4 @@ def test_a_process_signalled_from_outside_exits_with_75(number: signal.Signals) 
         child.kill()
         child.wait(timeout=10)
     assert child.returncode == 75
-    assert number.name in err
+    assert f"{SHOWN[number]}: stopping" in err

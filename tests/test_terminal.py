@@ -1,17 +1,25 @@
-"""What the terminal shows: plain lines with the time left, bars, tables that lose nothing."""
+"""What the terminal shows: plain lines with the time left, tables that lose nothing; and, on a real
+terminal, a live display that nothing tears and that Ctrl-C ends with the command to resume."""
 
 from __future__ import annotations
 
-import io
 import re
+import shlex
+import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from rich.console import Console
+import yaml
+from fakes import run_values
+from screen import Session, environment
 
-from launch import terminal
+from launch import display, terminal
 from launch.terminal import SECONDS_BETWEEN_LINES, Terminal
+
+ROOT = Path(__file__).parents[1]
 
 
 class Clock:
@@ -20,7 +28,8 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         fake = SimpleNamespace(monotonic=lambda: self.now, strftime=time.strftime)
-        monkeypatch.setattr(terminal, "time", fake)
+        for module in (terminal, display):
+            monkeypatch.setattr(module, "time", fake)
 
 
 @pytest.fixture
@@ -101,16 +110,22 @@ def test_a_short_stage_says_only_that_it_is_done(
     assert lines(capsys) == ["score 500/500, 5 s, 0 s left"]
 
 
-def test_a_terminal_gets_a_bar_and_plain_wins_over_it() -> None:
-    shown = Terminal(plain=False)
-    screen = io.StringIO()
-    shown.console, shown.live = Console(file=screen, force_terminal=True, width=100), True
-    with shown.progress("generate", 4) as advance:
-        advance(3)
-    assert "generate" in screen.getvalue()
-    assert "\x1b[" in screen.getvalue()
-    assert "s left" not in screen.getvalue()
-    assert not Terminal(plain=True).live
+def test_the_latest_numbers_end_the_next_line(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = Terminal(plain=True)
+    shown.stage("round 1 training")
+    with shown.progress("train", 2) as advance:
+        clock.now += 30
+        shown.metrics("round 1 train", {"loss": 0.69314, "accuracy": 0.5})
+        advance(1)
+    shown.stage("round 1 evaluation")
+    with shown.progress("evaluation", 1) as advance:
+        advance(1)
+    assert lines(capsys) == [
+        "train 1/2, 30 s, 30 s left; loss 0.6931, accuracy 0.5",
+        "evaluation 1/1, 0 s, 0 s left",
+    ]
 
 
 @pytest.mark.parametrize("columns", ["200", "50"])
@@ -130,3 +145,126 @@ def test_a_table_loses_nothing(
             assert name in shown
             for word in value.split():
                 assert word in shown, (word, shown)
+
+
+NOISY = """
+import logging, os, subprocess, sys, time
+from fakes import vowels
+
+calls = 0
+
+def verify(prompt, completion):
+    global calls
+    calls += 1
+    if calls % 8 == 1:
+        print(f"NOISE print {calls}.")
+        os.write(2, f"NOISE raw {calls}.\\n".encode())
+        sys.stderr.write(f"NOISE half {calls}")
+        logging.getLogger("noise").warning(f"NOISE logged {calls}.")
+    if calls % 16 == 1:
+        subprocess.run(["sh", "-c", f"echo NOISE child {calls}. >&2"], check=True)
+    time.sleep(SECONDS)
+    return vowels(prompt, completion)
+"""
+
+
+def config_with(folder: Path, model: Path, seconds: float, **sections: Any) -> Path:
+    """A run whose verifier writes to the terminal in every way, and takes `seconds` an answer."""
+    values = run_values(folder, model, tracking={"plain": False}, **sections)
+    verifier = folder / "noisy.py"
+    verifier.write_text(NOISY.replace("SECONDS", str(seconds)))
+    values["judges"]["panel"][0]["function"] = f"{verifier}:verify"
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.engine
+def test_a_live_display_shows_the_run_and_nothing_tears_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    steps = {"learning_rate": 0.003, "batch_pairs": 1, "micro_batch_pairs": 1, "epochs": 8}
+    config = config_with(tmp_path, tiny_model, seconds=0.01, learner=steps)
+    with Session(["train", str(config)], ROOT) as session:
+        seen = list(session.frames())
+    assert session.status == 0, session.screen.text
+    # One rule parts the lines from the display. A torn frame would leave a second one behind.
+    assert {frame.count("\u2500" * 100) for frame in seen} == {0, 1}
+    for words in (
+        (r"round 1 completions .* \d/3 .* left",),
+        (r"round 1 train ", r"^round 1 train: loss \d\S*, accuracy \S+, margin -?\d"),
+        (r"round 1 evaluation/scores",),
+        (r"^ *round 1 *$", "round 2 completions"),
+        (r"^round 1 held_out: reward",),
+    ):
+        assert any(all(re.search(w, frame, re.M) for w in words) for frame in seen), words
+    left = session.screen.text
+    assert "\u2500" * 100 not in left
+    assert [left.count(f"\nround {i}  ") + left.count(f"\nround {i}\n") for i in (1, 2)] == [1, 1]
+    overheard = (tmp_path / "runs/trial/output.log").read_text()
+    for kind in ("print", "raw", "logged", "child"):
+        said = re.findall(rf"NOISE {kind} \d+\.", overheard)
+        assert said
+        assert [left.count(line) for line in said] == [1] * len(said)
+    # Whatever scrolled by is whole: a line of ours, or a line of noise, never both.
+    for line in left.splitlines():
+        assert not ("NOISE" in line and re.search(r"\d\d:\d\d:\d\d|━", line)), line
+    assert re.search(r"best policy: .*policy", left.replace("\n", ""))
+
+
+@pytest.mark.engine
+def test_ctrl_c_is_answered_at_once_and_the_command_that_it_names_goes_on(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = config_with(tmp_path, tiny_model, seconds=0.2, rounds={"count": 1})
+    with Session(["train", str(config)], ROOT) as session:
+        session.wait_for(r"round 0 evaluation/scores")
+        session.press_ctrl_c()
+        asked = time.monotonic()
+        session.wait_for(r"Ctrl-C: stopping after this shard or step; Ctrl-C again stops now")
+        assert time.monotonic() - asked < 1
+        list(session.frames())
+    assert session.status == 75, session.screen.text
+    said = session.screen.text.replace("\n", "")
+    assert "stopped at a safe point by SIGINT; run the same command to resume:" in said
+    (command,) = re.findall(r"resume:\s+(.*run\.yaml)", said)
+    assert not session.cursor_hidden
+    # The path may have been broken by the terminal's edge, and by nothing else.
+    again = subprocess.run(
+        [*shlex.split(command), "--plain"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "\x1b" not in again.stdout + again.stderr
+    assert re.search(r"^\d\d:\d\d:\d\d best policy: ", again.stdout, re.M)
+
+
+@pytest.mark.engine
+def test_ctrl_c_twice_stops_now(tiny_model: Path, tmp_path: Path) -> None:
+    config = config_with(tmp_path, tiny_model, seconds=60)
+    with Session(["train", str(config)], ROOT) as session:
+        session.wait_for(r"round 0 evaluation/scores")
+        session.press_ctrl_c()
+        session.wait_for(r"Ctrl-C again stops now")
+        session.press_ctrl_c()
+        asked = time.monotonic()
+        list(session.frames())
+        assert time.monotonic() - asked < 10
+    assert session.status == 130, session.screen.text
+    assert "stopped at once; what was finished is kept" in session.screen.text
+    assert not session.cursor_hidden
+
+
+@pytest.mark.engine
+def test_plain_lines_on_a_terminal_have_no_codes(tiny_model: Path, tmp_path: Path) -> None:
+    config = config_with(tmp_path, tiny_model, seconds=0, rounds={"count": 1})
+    with Session(["train", str(config), "--plain"], ROOT) as session:
+        list(session.frames())
+    assert session.status == 0, session.screen.text
+    assert b"\x1b" not in session.raw
+    assert not (tmp_path / "runs/trial/output.log").exists()
