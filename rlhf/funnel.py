@@ -1,8 +1,8 @@
 """The funnel: how many candidates each selection step kept, and why the others fell.
 
 Frames are those of `rlhf.selection`. Candidates have one row a completion; pairs have one row for
-each two answers of a prompt, `p` its number, `row_c` the chosen one's completion, and each pair
-step's outcome under the step's `flag`.
+each two answers of a prompt, `p` its number, `c` the chosen one's candidate, each pair step's
+outcome under the step's `flag`, and `depth`, how many pair steps hold before the first that fails.
 """
 
 from __future__ import annotations
@@ -35,31 +35,46 @@ class Constraints(NamedTuple):
     """What chosen and rejected must satisfy together: expressions over pairs."""
 
 
+class Count(NamedTuple):
+    """One line of the funnel, before it is compared with the one above."""
+
+    name: str
+    why: str
+    completions: int
+    prompts: int
+
+
 def is_score() -> pl.Expr:
     """Whether a row of scores holds one: no abstention, finite and in [0, 1]."""
     in_range = pl.col("score").is_finite() & pl.col("score").is_between(0, 1)
     return (~pl.col("abstained") & in_range).fill_null(False)
 
 
+def depth(steps: Sequence[Step]) -> pl.Expr:
+    """How many steps hold before the first that fails, of pairs with their flags."""
+    flags = [step.flag for step in steps]
+    upto = (pl.all_horizontal(flags[: i + 1]) for i in range(len(flags)))
+    return pl.sum_horizontal(held.cast(pl.UInt8) for held in upto)
+
+
 def kept_pairs(pairs: pl.DataFrame, steps: Sequence[Step]) -> pl.DataFrame:
     """One row: for each step, chosen answers and prompts with a pair that holds up to there."""
-    flags = [step.flag for step in steps]
-    chosen = pairs.group_by("row_c").agg(
-        pl.col("p").first(),
-        *(pl.all_horizontal(flags[: i + 1]).any().alias(f) for i, f in enumerate(flags)),
-    )
-    return chosen.select(
-        *(pl.col(f).sum().cast(pl.Int64).alias(f"completions {f}") for f in flags),
-        *(pl.col("p").filter(f).n_unique().cast(pl.Int64).alias(f"prompts {f}") for f in flags),
-    )
+    chosen = pairs.group_by("c").agg(pl.col("p").first(), pl.col("depth").max())
+    prompts = chosen.group_by("p").agg(pl.col("depth").max())
+    counts = {
+        f"{what} {step.flag}": (reached["depth"] > i).sum()
+        for what, reached in (("completions", chosen), ("prompts", prompts))
+        for i, step in enumerate(steps)
+    }
+    return pl.DataFrame(counts, schema=dict.fromkeys(counts, pl.Int64))
 
 
 def failed_pairs(pairs: pl.DataFrame, steps: Sequence[Step]) -> pl.DataFrame:
-    """One row: pairs whose eligible answer has no smaller reward, and how many fail each step."""
-    ahead = pairs.filter(pl.col("margin") >= 0)
-    return ahead.select(
-        pl.len().cast(pl.Int64).alias("considered"),
-        *((~pl.col(step.flag)).sum().cast(pl.Int64).alias(step.name) for step in steps),
+    """One row: pairs whose eligible answer has no smaller value, and how many fail each step."""
+    ahead = pl.col("margin") >= 0
+    return pairs.select(
+        ahead.sum().cast(pl.Int64).alias("considered"),
+        *((ahead & ~pl.col(s.flag)).sum().cast(pl.Int64).alias(s.name) for s in steps),
     )
 
 
@@ -72,59 +87,60 @@ def failed_completions(candidates: pl.DataFrame, steps: Sequence[Step]) -> dict[
 
 
 def count_steps(
-    candidates: pl.DataFrame,
-    kept: pl.DataFrame,
-    constraints: Constraints,
-    admissible: int,
-    capped: int,
-    max_pairs: int | None,
+    candidates: pl.DataFrame, kept: pl.DataFrame, constraints: Constraints, last: Sequence[Count]
 ) -> list[dict[str, Any]]:
     """The funnel in order: chosen answers and prompts left after each step, and why others fell.
+
+    Each step says what share it kept of what it got, in completions and in prompts (None where it
+    got nothing); their product over the steps is the share that is left of all.
 
     Args:
         candidates: all of them.
         kept: the sum of `kept_pairs` over all pairs.
         constraints: what `kept` and the first steps count.
-        admissible: prompts with a pair that satisfies everything.
-        capped: those of them that `max_pairs` leaves.
-        max_pairs: the cap, None for none.
+        last: the steps after those, counted already.
     """
-    rows = [("generated", "", candidates.height, candidates["prompt_id"].n_unique())]
+    rows = [Count("generated", "", candidates.height, candidates["p"].n_unique())]
     for step in constraints.chosen:
         candidates = candidates.filter(step.holds)
-        rows.append((step.name, step.why, candidates.height, candidates["prompt_id"].n_unique()))
+        left = candidates.height, candidates["p"].n_unique()
+        rows.append(Count(step.name, step.why, *left))
     counts = kept.row(0, named=True)
     rows += [
-        (s.name, s.why, counts[f"completions {s.flag}"], counts[f"prompts {s.flag}"])
+        Count(s.name, s.why, counts[f"completions {s.flag}"], counts[f"prompts {s.flag}"])
         for s in constraints.pair
     ]
-    cap = "no cap is set" if max_pairs is None else f"more than {max_pairs} pairs"
-    rows += [
-        ("one pair a prompt", "another pair of the prompt comes first", admissible, admissible),
-        ("cap", cap, capped, capped),
-    ]
+    rows += last
     return [
         {
-            "step": name,
-            "completions": completions,
-            "prompts": prompts,
-            "lost_completions": before[2] - completions,
-            "lost_prompts": before[3] - prompts,
-            "why": why,
+            "step": now.name,
+            "completions": now.completions,
+            "prompts": now.prompts,
+            "lost_completions": before.completions - now.completions,
+            "lost_prompts": before.prompts - now.prompts,
+            "kept_completions": _share(now.completions, before.completions),
+            "kept_prompts": _share(now.prompts, before.prompts),
+            "why": now.why,
         }
-        for (name, why, completions, prompts), before in zip(rows, rows[:1] + rows, strict=False)
+        for now, before in zip(rows, rows[:1] + rows, strict=False)
     ]
+
+
+def _share(now: int, before: int) -> float | None:
+    return now / before if before else None
 
 
 def unusable_scores(
     scores: pl.DataFrame, dimensions: Sequence[str], completions: int
 ) -> dict[str, dict[str, int]]:
     """Dimension -> completions abstained on, given a value that is no score, given none."""
-    by_kind = scores.group_by("dimension").agg(
-        pl.col("abstained").sum(),
-        invalid=(~pl.col("abstained") & ~is_score()).sum(),
-        missing=completions - pl.len().cast(pl.Int64),
-    )
-    known = {row.pop("dimension"): row for row in by_kind.to_dicts()}
-    nothing = {"abstained": 0, "invalid": 0, "missing": completions}
-    return {d: known.get(d, nothing) for d in dimensions}
+    judged = scores.select("dimension", "abstained", invalid=~pl.col("abstained") & ~is_score())
+    counts = {}
+    for d in dimensions:
+        of = judged.filter(pl.col("dimension") == d)
+        counts[d] = {
+            "abstained": int(of["abstained"].sum()),
+            "invalid": int(of["invalid"].sum()),
+            "missing": completions - of.height,
+        }
+    return counts

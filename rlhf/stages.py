@@ -26,6 +26,7 @@ from rlhf.selection import Rules, check_cold_start, cold_start, select_pairs
 from rlhf.summary import model_card, write_summary
 from rlhf.tracking import Trackers, answer_rows, pair_rows
 from rlhf.types import Completion, Prompt, completions_of, completions_table
+from rlhf.yield_analysis import Draw, analyse, check_inversion, said
 
 Items = Sequence[tuple[Prompt, Completion]]
 
@@ -173,15 +174,26 @@ class Stages:
         completions: pl.DataFrame,
         scores: pl.DataFrame,
     ) -> pl.DataFrame:
-        """Pairs and the funnel that explains every loss. Raises DataGateError if there is none."""
+        """Pairs and the funnel that explains every loss.
+
+        Raises DataGateError if there is no pair, or chosen answers are worse on a dimension and
+        `selection.on_inversion` is `error`.
+        """
+        index, about = round.index, self.parts.prompt_table(prompts)
+        assert index is not None
 
         @cache
         def selected() -> Any:
-            return select_pairs(completions, scores, self.parts.prompt_table(prompts), self.rules)
+            return select_pairs(completions, scores, about, self.rules, index)
+
+        def analysed() -> dict[str, Any]:
+            draw = Draw(index, self.config.evaluation.bootstrap)
+            return analyse(completions, scores, about, pairs, self.rules, draw)
 
         with self._timed(round, "pairs") as note:
             funnel = round.record("funnel", lambda: selected().funnel)
             pairs = round.table("pairs", lambda: selected().pairs)
+            analysis = round.record("selection", analysed)
             note["pairs"] = pairs.height
         kept = funnel["yield"]
         self.parts.reporter.say(
@@ -189,6 +201,8 @@ class Stages:
             f"(best and worst, then filter, would keep {kept['best_and_worst_then_filter']} of "
             f"{kept['largest_admissible']})"
         )
+        for line in said(funnel, analysis):
+            self.parts.reporter.say(f"{_title(round)} {line}")
         if pairs.is_empty():
             lost = max(funnel["steps"], key=lambda s: s["lost_prompts"])
             raise DataGateError(
@@ -196,6 +210,8 @@ class Stages:
                 f"{lost['step']} ({lost['lost_prompts']} prompts: {lost['why']}). "
                 f"The whole funnel is in {round.path / 'funnel.json'}"
             )
+        if warning := check_inversion(analysis, self.config.selection.on_inversion):
+            self.parts.reporter.say(f"{_title(round)} warning: {warning}")
         assert round.index is not None
         self.parts.trackers.table(
             round.index, "pairs", lambda: pair_rows(pairs, self.config.tracking.samples)

@@ -146,7 +146,8 @@ def test_every_file_of_a_round_is_in_its_manifest(run: Path) -> None:
         assert {"torch", "transformers", "python"} <= set(manifest["versions"])
     assert {
         "cold_start.json", "completions/part-00002.parquet", "scores/part-00002.parquet",
-        "funnel.json", "pairs.parquet", "reference_logps.parquet", "policy/README.md",
+        "funnel.json", "selection.json", "pairs.parquet", "reference_logps.parquet",
+        "policy/README.md",
         "policy/adapter_model.safetensors", "policy/tokenizer.json", "kl.json",
         "evaluation.json", "evaluation/completions/part-00000.parquet", "gates.json",
         "evaluation/per_prompt.parquet",
