@@ -30,6 +30,7 @@ class NonFiniteError(PairloopError):
 
 
 class Interrupted(PairloopError):
-    """A signal asked the run to stop; it stopped at a safe point and can be resumed."""
+    """A signal, a spent budget or an endpoint that is down stopped the run at a safe point; the
+    same command goes on."""
 
     exit_status = 75

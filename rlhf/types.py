@@ -84,6 +84,8 @@ class Score:
     """Standard deviation of the votes; 0 for a single deterministic vote."""
     abstained: bool = False
     reason: str | None = None
+    """Why there is no score; with one, a model judge's own words, after what made its completion
+    suspicious, if anything did."""
 
     @classmethod
     def of(cls, prompt_id: str, sample: int, judge: str, dimension: str, value: float) -> Score:
