@@ -127,6 +127,37 @@ class LlmSpec(_Judge):
         return self.mode == "pairwise"
 
 
+class RewardModelSpec(_Judge):
+    """A reward model: any `AutoModelForSequenceClassification` with a chat template and one output
+    a dimension, in their order. Answers are ranked as its raw scores rank them."""
+
+    kind: Literal["reward_model"]
+    """A reward model."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """`vllm`: its pooling runner, with the same scores; faster on a GPU."""
+    model: str
+    """Hub id or local folder, weights in safetensors."""
+    revision: str | None = None
+    """Hub revision; pin it, so that a certificate stays true."""
+    mapping: Literal["sigmoid", "quantiles"] = "sigmoid"
+    """Raw score -> [0, 1]; both rise strictly, so neither changes a ranking. `sigmoid`: how likely
+    the answer beats one of raw score 0 (Bradley-Terry). `quantiles`: the share of a calibration
+    set's answers that score lower; floors and margins then mean the same for every model."""
+    calibration_set: str | None = None
+    """With `quantiles`: a preference file in any format of `pairloop pairs`, both answers of each
+    pair, 100 or more in all, like those that will be judged."""
+    engine: Engine = Engine()
+
+    @model_validator(mode="after")
+    def _set_for_quantiles(self) -> RewardModelSpec:
+        if (self.mapping == "quantiles") != (self.calibration_set is not None):
+            raise ValueError(
+                f"calibration_set must be given with mapping quantiles, and only there; mapping is "
+                f"{self.mapping}, calibration_set {self.calibration_set}"
+            )
+        return self
+
+
 class RecordedSpec(_Judge):
     """Verdicts that somebody else gave, read from a file: people, or any judge outside. The file
     that calibrates it (`pairloop judge calibrate`) is the file that it scores from."""
@@ -155,6 +186,7 @@ def _kind(value: Any) -> str | None:
 JudgeSpec = Annotated[
     Annotated[VerifierSpec, Tag("verifier")]
     | Annotated[LlmSpec, Tag("llm")]
+    | Annotated[RewardModelSpec, Tag("reward_model")]
     | Annotated[RecordedSpec, Tag("recorded")],
     Discriminator(_kind),
 ]

@@ -6,6 +6,7 @@ from rlhf.certificates import JudgeIdentity
 from rlhf.protocols import Judge
 from rollout.judges.llm import LlmJudge
 from rollout.judges.recorded import RecordedJudge
+from rollout.judges.reward_model import RewardModelJudge
 from rollout.judges.verifier import Verifier
 
 
@@ -17,6 +18,9 @@ def identity(judge: Judge, dimension: str) -> JudgeIdentity | None:
         return _of_llm(judge, dimension)
     if isinstance(judge, RecordedJudge):
         return JudgeIdentity(judge.name, votes=judge.votes)
+    if isinstance(judge, RewardModelJudge):
+        spec = judge.spec
+        return JudgeIdentity(spec.name, spec.model, judge.weights, judge.scale_sha256())
     raise AssertionError(f"a judge of an unknown kind: {judge!r}")
 
 

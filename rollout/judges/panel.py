@@ -8,7 +8,13 @@ from collections.abc import Sequence
 import polars as pl
 
 from rlhf.config import RunConfig
-from rlhf.config_judges import JudgeSpec, LlmSpec, RecordedSpec, VerifierSpec
+from rlhf.config_judges import (
+    JudgeSpec,
+    LlmSpec,
+    RecordedSpec,
+    RewardModelSpec,
+    VerifierSpec,
+)
 from rlhf.errors import DataGateError, PairloopError
 from rlhf.protocols import Judge
 from rlhf.types import Completion, Prompt, Score
@@ -35,6 +41,10 @@ def _build(spec: JudgeSpec, field: str, device: str) -> Judge:
         return Verifier.of(spec, field)
     if isinstance(spec, RecordedSpec):
         return RecordedJudge.of(spec, field)
+    if isinstance(spec, RewardModelSpec):
+        from rollout.judges.reward_model import RewardModelJudge
+
+        return RewardModelJudge.of(spec, field, device)
     backend: Backend
     if spec.backend == "openai":
         from rollout.judges.backends.openai import OpenAiBackend
