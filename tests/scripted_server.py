@@ -22,6 +22,8 @@ class Reply:
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     fault: Fault = "none"
+    delay: float = 0.01
+    """Seconds; long enough for calls that are under way together to be seen together."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,7 @@ class ScriptedServer:
                 await writer.drain()
                 await asyncio.sleep(0.05)
             return True
-        # Long enough for calls that are under way together to be seen together.
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(reply.delay)
         writer.write(reply.body)
         await writer.drain()
         return True
