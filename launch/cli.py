@@ -60,6 +60,7 @@ def train(
     /,
     *more: Path,
     dry_run: Annotated[bool, Flag] = False,
+    machine: str | None = None,
     plain: Annotated[bool, Flag] = False,
     overrides: Overrides = (),
 ) -> int:
@@ -72,11 +73,14 @@ def train(
     more
         Further YAML files; later ones win, key by key.
     dry_run
-        Print the resolved config and what would run where, and stop.
+        Print the resolved config, what would run where and the memory it needs, and stop.
+    machine
+        With --dry-run: the machine to plan for, as 1xT4-16GB or 1xA100-80GB; default this one.
     plain
         Plain lines, no progress bars: --tracking.plain true.
     """
-    return _start([config, *more], _with_plain(plain, overrides), dry_run=dry_run)
+    settings = _with_plain(plain, overrides)
+    return _start([config, *more], settings, dry_run=dry_run, machine=machine)
 
 
 @app.command
@@ -109,6 +113,22 @@ def demo(
         overrides = (*place, *overrides)
     preset = path("demo_transformers" if transformers else "demo")
     return _start([preset], _with_plain(plain, overrides), dry_run=dry_run)
+
+
+@app.command
+def report(run_folder: Path, /, *, out: Path | None = None) -> int:
+    """Write a run's report.html: one page, at any time, whether or not the run goes on.
+
+    Parameters
+    ----------
+    run_folder
+        Folder of the run, such as runs/demo.
+    out
+        File to write; default report.html in the run's folder.
+    """
+    from rlhf.report import write_report
+
+    return _print(f"{write_report(run_folder, out)}\n")
 
 
 @app.command
@@ -147,25 +167,30 @@ def doctor(
     return int(any(finding.status == "fail" for finding in findings))
 
 
-app.command("launch.pairs:app", name="pairs")
-app.command("launch.judge:app", name="judge", help="Say what judges are worth.")
-
-
 @app.command
-def report(run_folder: Path, /, *, out: Path | None = None) -> int:
-    """Write a run's report.html: one page, at any time, whether or not the run goes on.
+def init(preset: str, /) -> int:
+    """Print a preset: a complete, commented config to save as run.yaml and make your own.
 
     Parameters
     ----------
-    run_folder
-        Folder of the run, such as runs/demo.
-    out
-        File to write; default report.html in the run's folder.
+    preset
+        Its name; `pairloop presets` lists them.
     """
-    from rlhf.report import write_report
+    from launch.presets import path
 
-    print(write_report(run_folder, out))
-    return 0
+    return _print(path(preset).read_text(encoding="utf-8"))
+
+
+@app.command(name="presets")
+def list_presets() -> int:
+    """List the configs that `pairloop init` prints, with the hardware and the time they need."""
+    from launch.presets import listing
+
+    return _print(listing())
+
+
+app.command("launch.pairs:app", name="pairs")
+app.command("launch.judge:app", name="judge", help="Say what judges are worth.")
 
 
 @app.command(name="config")
@@ -173,8 +198,12 @@ def config_reference() -> int:
     """Print every setting with its type, default and the reason for it."""
     from rlhf.config_help import describe
 
+    return _print(describe())
+
+
+def _print(text: str) -> int:
     try:
-        print(describe(), end="", flush=True)
+        print(text, end="", flush=True)
     except BrokenPipeError:
         # The reader (head, less) has seen enough; keep Python's own flush at exit from failing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -253,16 +282,30 @@ def _with_plain(plain: bool, overrides: Sequence[Override]) -> list[Override]:
     return [("tracking.plain", "true"), *overrides] if plain else list(overrides)
 
 
-def _start(paths: Sequence[Path], overrides: Sequence[Override], *, dry_run: bool) -> int:
+def _start(
+    paths: Sequence[Path],
+    overrides: Sequence[Override],
+    *,
+    dry_run: bool,
+    machine: str | None = None,
+) -> int:
     from rlhf import config_io
 
+    if machine is not None and not dry_run:
+        from rlhf.errors import InputError
+
+        raise InputError(f"--machine {machine} describes a machine to plan for: add --dry-run")
     config: RunConfig = config_io.load(paths, overrides)
     if dry_run:
+        from launch.fit import report
         from launch.local import rehearse
+        from launch.machines import parse, this_machine
         from launch.placement import plan
 
+        on = this_machine() if machine is None else parse(machine)
         print(config_io.dump(config))
-        print(plan(config))
+        print(plan(config, on))
+        print(report(config, on))
         print(rehearse(config))
         return 0
     from launch.local import train as run

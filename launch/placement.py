@@ -6,8 +6,13 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
+from launch.machines import BF16_CAPABILITY, Machine, this_machine
 from rlhf.config import RunConfig
 from rlhf.errors import InputError
+
+VLLM_NF4 = "vllm_bnb_plugin"
+"""Since vLLM 0.28 bitsandbytes is not part of it (https://github.com/vllm-project/vllm/pull/43529);
+this plugin brings it back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,30 +24,26 @@ class Plan:
     sync: Literal["adapter", "merged"]
 
 
-def has_cuda() -> bool:
-    """Whether the driver shows an NVIDIA GPU; asks the driver, not torch."""
-    import ctypes
-
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return (
-        driver.cuInit(0) == 0
-        and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-        and (count.value > 0)
-    )
-
-
-def place(config: RunConfig, cuda: bool, vllm: bool) -> Plan:
-    """Derive the plan. `cuda` and `vllm` say what the machine has.
+def place(
+    config: RunConfig,
+    cuda: bool,
+    vllm: bool,
+    capability: tuple[int, int] | None = None,
+    vllm_nf4: bool = True,
+) -> Plan:
+    """Derive the plan. The rest says what the machine has: a GPU, vLLM, the GPU's compute
+    capability, and vLLM's plugin for NF4.
 
     Raises InputError where the config asks for what can't be had.
     """
     if config.placement.device == "cuda" and not cuda:
-        raise InputError("placement.device is cuda, but this machine shows no GPU; use auto or cpu")
+        raise InputError(
+            "placement.device is cuda, but this machine shows no GPU; use auto or cpu, or plan for "
+            "another machine with --dry-run --machine 1xT4-16GB"
+        )
     on_gpu = cuda and config.placement.device != "cpu"
+    if on_gpu and capability is not None:
+        _check_precision(config, capability)
     if config.rollout.engine == "vllm" and not vllm:
         raise InputError(
             "rollout.engine is vllm, but vLLM is not installed: pip install 'pairloop[vllm]' "
@@ -51,22 +52,58 @@ def place(config: RunConfig, cuda: bool, vllm: bool) -> Plan:
     engine: Literal["vllm", "transformers"] = (
         "vllm" if vllm and config.rollout.engine != "transformers" else "transformers"
     )
-    adapted = config.model.tuning != "full"
-    if config.rollout.sync == "adapter" and not adapted:
+    tuning = config.model.tuning
+    if config.rollout.sync == "adapter" and tuning == "full":
         raise InputError("rollout.sync adapter needs model.tuning lora or qlora, got full")
-    automatic: Literal["adapter", "merged"] = "adapter" if adapted and on_gpu else "merged"
+    # Transformers would serve the adapter on the base as it is on disk, not on the NF4 one.
+    same_base = tuning != "qlora" or engine == "vllm"
+    if config.rollout.sync == "adapter" and not same_base:
+        raise InputError(
+            "rollout.sync adapter with model.tuning qlora needs rollout.engine vllm, got "
+            "transformers, whose base is not the NF4 one that the adapter is trained on; use "
+            "rollout.sync merged"
+        )
+    adapter = tuning != "full" and on_gpu and same_base
+    automatic: Literal["adapter", "merged"] = "adapter" if adapter else "merged"
     sync = automatic if config.rollout.sync == "auto" else config.rollout.sync
+    if sync == "adapter" and tuning == "qlora" and not vllm_nf4:
+        raise InputError(
+            "model.tuning qlora needs vLLM's bitsandbytes plugin to serve the NF4 base: "
+            "pip install vllm-bnb-plugin, or use rollout.sync merged where the whole model fits"
+        )
     return Plan("cuda" if on_gpu else "cpu", engine, sync)
+
+
+def _check_precision(config: RunConfig, capability: tuple[int, int]) -> None:
+    if config.model.precision == "bf16" and capability < BF16_CAPABILITY:
+        has = ".".join(map(str, capability))
+        raise InputError(
+            f"model.precision bf16 needs a GPU of compute capability 8.0 (Ampere) or later, got "
+            f"{has}; use --model.precision fp16, which scales the loss"
+        )
+
+
+def place_on(config: RunConfig, machine: Machine) -> Plan:
+    """The plan for a machine. One that was described has every package that the config asks for."""
+    if machine.described:
+        return place(config, machine.gpus > 0, vllm=True, capability=machine.capability)
+    return place(
+        config,
+        machine.gpus > 0,
+        importlib.util.find_spec("vllm") is not None,
+        machine.capability,
+        importlib.util.find_spec(VLLM_NF4) is not None,
+    )
 
 
 def find(config: RunConfig) -> Plan:
     """The plan for this machine."""
-    return place(config, has_cuda(), importlib.util.find_spec("vllm") is not None)
+    return place_on(config, this_machine())
 
 
-def plan(config: RunConfig) -> str:
-    """What `train --dry-run` says about this machine."""
-    found = find(config)
+def plan(config: RunConfig, machine: Machine) -> str:
+    """What `train --dry-run` says of who runs where on a machine."""
+    found = place_on(config, machine)
     tuned = {
         "full": "all weights, fp32 masters",
         "lora": f"LoRA rank {config.model.lora.rank} on a {config.model.precision} base",
@@ -80,7 +117,8 @@ def plan(config: RunConfig) -> str:
     per_round = rounds.prompts_per_round or "all"
     return "\n".join(
         [
-            f"placement  {config.placement.kind}, one process on {found.device}",
+            f"placement  {config.placement.kind}, one process on {found.device} of {machine.name}"
+            + (f"; {machine.gpus - 1} more GPUs idle" if machine.gpus > 1 else ""),
             f"learner    {config.model.path}: {tuned[config.model.tuning]}, "
             f"{config.objective.name} beta {config.objective.beta:g}, "
             f"learning rate {config.learning_rate:g}",

@@ -1,4 +1,4 @@
-"""Model folders that load in milliseconds: a two-layer Qwen2 over a vocabulary of 512 words."""
+"""Model folders that load in milliseconds: a small Qwen2 over a vocabulary of 512 words."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_small_model(folder: Path, tied: bool = True) -> Path:
+def save_small_model(folder: Path, tied: bool = True, layers: int = 2, key_heads: int = 1) -> Path:
     """A random model in fp32 with biases on q, k and v, its head tied to the embeddings or not.
 
     Its weights are wide enough that its distributions are not flat.
@@ -35,9 +35,9 @@ def save_small_model(folder: Path, tied: bool = True) -> Path:
             vocab_size=VOCABULARY,
             hidden_size=64,
             intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
+            num_hidden_layers=layers,
+            num_attention_heads=2 * key_heads,
+            num_key_value_heads=key_heads,
             tie_word_embeddings=tied,
             initializer_range=0.2,
         )

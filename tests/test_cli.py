@@ -184,7 +184,15 @@ def test_bad_input_exits_2_and_says_what_was_meant(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["trian"], '"train"'), (["train"], "CONFIG"), (["config", "--run.seed", "1"], "--run.seed")],
+    [
+        (["trian"], '"train"'),
+        (["train"], "CONFIG"),
+        (["config", "--run.seed", "1"], "--run.seed"),
+        (["presets", "--run.seed", "1"], "--run.seed"),
+        (["init", "demo", "--run.seed", "1"], "--run.seed"),
+        (["init"], "PRESET"),
+        (["init", "dmeo"], "no preset dmeo; there are demo, "),
+    ],
 )
 def test_wrong_commands_exit_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
@@ -265,12 +273,25 @@ def test_a_dry_run_shows_config_and_plan_and_trains_nothing(
     trained: list[RunConfig],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    install("launch.placement", "plan", lambda config: f"plan for {config.model.path}")
+    install("launch.machines", "this_machine", lambda: "here")
+    install("launch.machines", "parse", lambda text: f"a {text}")
+    install("launch.placement", "plan", lambda config, on: f"plan for {config.model.path} {on}")
+    install("launch.fit", "report", lambda config, on: f"memory of {on}")
     install("launch.local", "rehearse", lambda config: "prompts: enough")
-    assert cli.main(["train", config, "--dry-run", "--run.seed", "5"]) == 0
-    shown = capsys.readouterr().out
-    assert "  seed: 5\n" in shown
-    assert shown.endswith("plan for org/model\nprompts: enough\n")
+    arguments = ["train", config, "--dry-run", "--run.seed", "5"]
+    for more, on in (([], "here"), (["--machine", "1xT4-16GB"], "a 1xT4-16GB")):
+        assert cli.main([*arguments, *more]) == 0
+        shown = capsys.readouterr().out
+        assert "  seed: 5\n" in shown
+        assert shown.endswith(f"plan for org/model {on}\nmemory of {on}\nprompts: enough\n")
+    assert not trained
+
+
+def test_a_machine_is_described_for_a_dry_run_only(
+    config: str, trained: list[RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", config, "--machine", "1xT4-16GB"]) == 2
+    assert "add --dry-run" in capsys.readouterr().err
     assert not trained
 
 

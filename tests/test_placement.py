@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from launch import placement
-from launch.placement import Plan, find, place, plan
+from launch.machines import GIB, Machine, parse, this_machine
+from launch.placement import Plan, find, place, place_on, plan
 from launch.presets import path
 from rlhf import config_io
 from rlhf.config import RunConfig
@@ -39,8 +39,7 @@ def asked(device: str, engine: str, sync: str, tuning: str) -> RunConfig:
     )
 
 
-def on_machine(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
-    monkeypatch.setattr(placement, "find", lambda _: plan)
+CPU = Machine("a laptop", 0, 0, None, 16 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +52,8 @@ def on_machine(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
         (False, True, "qlora", Plan("cpu", "vllm", "merged")),
         (True, False, "full", Plan("cuda", "transformers", "merged")),
         (True, False, "lora", Plan("cuda", "transformers", "adapter")),
+        # Transformers would serve the adapter on a base that is not the NF4 one.
+        (True, False, "qlora", Plan("cuda", "transformers", "merged")),
         (True, True, "full", Plan("cuda", "vllm", "merged")),
         (True, True, "lora", Plan("cuda", "vllm", "adapter")),
         (True, True, "qlora", Plan("cuda", "vllm", "adapter")),
@@ -85,6 +86,11 @@ def test_what_is_asked_for_is_had_or_refused(
         (device == "cuda" and not cuda)
         or (engine == "vllm" and not vllm)
         or (sync == "adapter" and tuning == "full")
+        or (
+            sync == "adapter"
+            and tuning == "qlora"
+            and (engine == "transformers" or (engine == "auto" and not vllm))
+        )
     )
     if refused:
         with pytest.raises(InputError):
@@ -105,6 +111,7 @@ def test_what_is_asked_for_is_had_or_refused(
         (("cuda", "auto", "auto", "lora"), ("placement.device", "no GPU", "use auto or cpu")),
         (("auto", "vllm", "auto", "lora"), ("rollout.engine", "pip install 'pairloop[vllm]'")),
         (("auto", "auto", "adapter", "full"), ("rollout.sync", "model.tuning", "got full")),
+        (("auto", "auto", "adapter", "qlora"), ("rollout.sync", "NF4", "merged")),
     ],
 )
 def test_a_refusal_names_the_setting_and_the_way_out(
@@ -117,17 +124,60 @@ def test_a_refusal_names_the_setting_and_the_way_out(
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("precision", "capability", "refused"),
+    [
+        ("bf16", (7, 5), True),
+        ("bf16", (7, 0), True),
+        ("bf16", (8, 0), False),
+        ("bf16", (9, 0), False),
+        ("fp16", (7, 5), False),
+        ("fp32", (7, 5), False),
+    ],
+)
+def test_bf16_needs_ampere(precision: str, capability: tuple[int, int], refused: bool) -> None:
+    wanted = config(model={"precision": precision})
+    if not refused:
+        assert place(wanted, True, True, capability).device == "cuda"
+        return
+    with pytest.raises(InputError, match=r"8\.0 \(Ampere\).*got 7\.\d.*--model.precision fp16"):
+        place(wanted, True, True, capability)
+    # The GPU's precision is no concern of a run on the CPU beside it.
+    on_cpu = config(model={"precision": precision}, placement={"device": "cpu"})
+    assert place(on_cpu, True, True, capability).device == "cpu"
+
+
+def test_an_nf4_base_needs_the_plugin_that_serves_it() -> None:
+    """vLLM itself no longer reads bitsandbytes; merged weights are dequantised and need nothing."""
+    with pytest.raises(InputError, match="pip install vllm-bnb-plugin"):
+        place(asked("auto", "vllm", "auto", "qlora"), True, True, vllm_nf4=False)
+    for sync, tuning in (("merged", "qlora"), ("auto", "lora")):
+        assert place(asked("auto", "vllm", sync, tuning), True, True, vllm_nf4=False)
+    assert place(asked("auto", "vllm", "auto", "qlora"), False, True, vllm_nf4=False)
+
+
 def test_this_machine_has_a_plan() -> None:
     found = find(config())
     assert found == place(config(), found.device == "cuda", found.engine == "vllm")
+    assert found == place_on(config(), this_machine())
 
 
-def test_the_plan_says_where_the_run_takes_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_machine(monkeypatch, Plan("cuda", "vllm", "adapter"))
-    text = plan(config(model={"lora": {"rank": 7}}, rollout={"samples_per_prompt": 5}))
+def test_a_described_machine_stands_in_for_this_one() -> None:
+    """Its card and capability count, and it has the packages that the config asks for."""
+    wanted = asked("cuda", "vllm", "auto", "qlora")
+    assert place_on(wanted, parse("1xA100-40GB")) == Plan("cuda", "vllm", "adapter")
+    with pytest.raises(InputError, match="fp16"):
+        place_on(wanted, parse("1xT4-16GB"))
+    with pytest.raises(InputError, match="no GPU.*--machine"):
+        place_on(wanted, CPU)
+
+
+def test_the_plan_says_where_the_run_takes_place() -> None:
+    wanted = config(model={"lora": {"rank": 7}}, rollout={"samples_per_prompt": 5})
+    text = plan(wanted, parse("2xA100-40GB"))
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert list(lines) == ["placement", "learner", "generator", "judges", "rounds", "gates"]
-    assert "one process on cuda" in lines["placement"]
+    assert "one process on cuda of 2xA100-40GB; 1 more GPUs idle" in lines["placement"]
     assert "org/model: LoRA rank 7" in lines["learner"]
     assert "vllm, 5 samples a prompt" in lines["generator"]
     assert "the adapter alone" in lines["generator"]
@@ -138,11 +188,8 @@ def test_the_plan_says_where_the_run_takes_place(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("tuning", "words"), [("full", "all weights"), ("lora", "bf16 base"), ("qlora", "NF4 base")]
 )
-def test_the_plan_names_what_is_trained(
-    tuning: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_machine(monkeypatch, Plan("cpu", "transformers", "merged"))
-    text = plan(config(model={"tuning": tuning, "precision": "bf16"}))
+def test_the_plan_names_what_is_trained(tuning: str, words: str) -> None:
+    text = plan(config(model={"tuning": tuning, "precision": "bf16"}), CPU)
     assert words in text
     assert "merged weights, reloaded in place" in text
 

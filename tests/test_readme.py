@@ -31,18 +31,25 @@ def test_a_config_opens_with_hardware_time_and_a_command_that_runs(
     text = " ".join(header)
     assert "Hardware:" in text
     assert "Time:" in text
-    command = next(line for line in header if line.startswith("pairloop train "))
-    named = shlex.split(command)[2]
-    assert (ROOT / named).samefile(path)
     monkeypatch.chdir(tmp_path)
     if path.parent.name == "dstc9" and "PAIRLOOP_DATA" not in os.environ:
         pytest.skip("PAIRLOOP_DATA is unset: it names the folder that holds dstc9_support/")
-    # Examples name their own files by a path from the checkout.
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    # Commands name files by a path from the checkout.
+    for folder in ("examples", "configs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     for line in (line for line in header if line.startswith("python ")):
         prepare = [sys.executable, *shlex.split(line)[1:]]
         subprocess.run(prepare, check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert main(["train", str(path), "--dry-run"]) == 0
+    for line in (line for line in header if line.startswith("pairloop init ")):
+        printed, arrow, target = shlex.split(line)[2:]
+        assert (printed, arrow) == (path.stem, ">")
+        (tmp_path / target).write_text(path.read_text())
+    commands = [shlex.split(line)[1:] for line in header if line.startswith("pairloop train ")]
+    assert (tmp_path / commands[-1][1]).read_text() == path.read_text()
+    # Where the run needs a GPU, a dry run for that machine stands before it.
+    planned = next((c[2:] for c in commands if "--dry-run" in c), ["--dry-run"])
+    for command in commands:
+        assert main([*command, *(planned if "--dry-run" not in command else [])]) == 0
 
 
 def test_the_commands_of_the_tour_run(
@@ -78,6 +85,33 @@ def test_the_verifier_of_the_tour_scores() -> None:
     assert verify(prompt, said) == {"correctness": 1.0, "style": 1.0}
 
 
+def test_the_commands_of_the_presets_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = (b for b in blocks("sh") if "pairloop init" in b)
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        command, _, target = line.partition(" > ")
+        assert main(shlex.split(command)[1:]) == 0
+        shown = capsys.readouterr().out
+        if target:
+            (tmp_path / target).write_text(shown)
+    assert "GPU        fits" in shown
+
+
+def test_every_command_of_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the tour and the presets run here, the others in the tests of their modules."""
+    spans = [
+        *re.findall(r"```\w*\n(.*?)```", README, re.DOTALL),
+        *re.findall(r"`([^`\n]+)`", README),
+    ]
+    named = {name for span in spans for name in re.findall(r"^pairloop ([a-z]+)", span, re.M)}
+    assert named >= {"train", "demo", "config", "init", "presets", "doctor", "report"}
+    for name in named:
+        assert main([name, "--help"]) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
 def test_the_other_commands_of_the_readme_are_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config"]) == 0
     assert "samples_per_prompt" in capsys.readouterr().out
@@ -86,7 +120,7 @@ def test_the_other_commands_of_the_readme_are_known(capsys: pytest.CaptureFixtur
 
 
 def test_files_that_the_readme_names_are_there() -> None:
-    rooms = "configs|examples|constraints|rollout|rlhf|launch"
+    rooms = "benchmarks|configs|examples|constraints|rollout|rlhf|launch"
     named = set(re.findall(rf"`((?:{rooms})/[\w./-]+)`", README))
     assert named
     assert [n for n in named if not (ROOT / n).exists()] == []

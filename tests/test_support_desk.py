@@ -18,7 +18,13 @@ from rollout.support_desk import verifiers as v
 from rollout.support_desk import wording
 from rollout.support_desk.audit import overlap
 from rollout.support_desk.grounding import ungrounded_names
-from rollout.support_desk.pool import SPLITS, load_articles, load_prompts, main
+from rollout.support_desk.pool import (
+    SPLITS,
+    load_articles,
+    load_prompts,
+    load_prompts_without_system,
+    main,
+)
 
 DIMENSIONS = {"correctness", "groundedness", "problem_solution", "style"}
 FLOORS = {"correctness": 0.60, "groundedness": 0.55, "problem_solution": 0.60}
@@ -151,6 +157,16 @@ def test_pool_command_writes_the_splits(tmp_path: Path) -> None:
     for split in SPLITS:
         lines = (tmp_path / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == load_prompts(split)
+
+
+def test_the_pool_without_system_role_says_the_same() -> None:
+    for split in SPLITS:
+        for one, other in zip(load_prompts(split), load_prompts_without_system(split), strict=True):
+            roles = [m["role"] for m in other["messages"]]
+            assert roles == ["user", "assistant", "user"]
+            whole, folded = (" ".join(m["content"] for m in r["messages"]) for r in (one, other))
+            assert whole.split() == folded.split()
+            assert {**one, "messages": other["messages"]} == other
 
 
 def test_unknown_split_is_refused() -> None:

@@ -62,6 +62,20 @@ def load_prompts(split: str) -> list[dict[str, Any]]:
     ]
 
 
+def load_prompts_without_system(split: str) -> list[dict[str, Any]]:
+    """As `load_prompts`, for chat templates without a system role, such as Gemma's: the instruction
+    opens the first user message."""
+    return [
+        {**record, "messages": _without_system(record["messages"])}
+        for record in load_prompts(split)
+    ]
+
+
+def _without_system(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    system, first, *rest = messages
+    return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
 def _record(article: dict[str, Any], number: int, question: dict[str, Any]) -> dict[str, Any]:
     passage = " ".join(article["passage"].split())
     return {

@@ -1,0 +1,283 @@
+"""How much memory a run needs, by role and phase, from its config and the model's architecture.
+
+What the learner holds is in `launch.learner_memory`. A generator on a GPU has `gpu_memory_share` of
+the card while it is awake; asleep (level 1), its weights lie in host memory. On a CPU it stays as
+it is.
+
+`benchmarks/memory.py` compares the learner's part with measured peaks on a CPU, with glibc's blocks
+and without. Numbers for GPUs (`ASSUMED`) are assumptions until someone measures them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from launch.architectures import Architecture
+from launch.learner_memory import NF4, Learning
+from launch.machines import GIB, Machine
+from launch.placement import Plan
+from rlhf.config import RunConfig
+
+Phase = Literal["load", "generate", "reference", "train", "publish"]
+PHASES: tuple[Phase, ...] = ("load", "generate", "reference", "train", "publish")
+AWAKE: tuple[Phase, ...] = ("generate", "publish")
+ASLEEP: tuple[Phase, ...] = ("reference", "train")
+RUNNING: tuple[Phase, ...] = (*AWAKE, *ASLEEP)
+
+NF4_SERVED = 0.5 + 4 / 64
+"""Bytes a weight in vLLM, which undoes the second quantisation when it loads."""
+PROBE_TOKENS = 64
+"""Longest answer of the parity check (`rollout.weight_sync`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """What neither config nor architecture says, in bytes."""
+
+    process: int
+    """Python, torch, Transformers and PEFT in memory, nothing loaded yet."""
+    vllm: int
+    """vLLM's modules on top."""
+    cuda_process: int
+    """CUDA's libraries in host memory."""
+    context: int
+    """CUDA context, kernels and library workspaces on the GPU."""
+    graphs: int
+    """vLLM's CUDA graphs; they stay while it sleeps."""
+
+
+ASSUMED = Overheads(
+    process=round(0.7 * GIB),
+    vllm=round(0.3 * GIB),
+    cuda_process=round(2.5 * GIB),
+    context=round(0.75 * GIB),
+    graphs=round(0.4 * GIB),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One row of the table."""
+
+    role: str
+    what: str
+    size: int
+    """Bytes."""
+    formula: str
+    phases: tuple[Phase, ...]
+    host: bool
+    """In host memory, not the GPU's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run needs on a machine."""
+
+    parts: tuple[Part, ...]
+    machine: Machine
+    on_gpu: bool
+    short: int
+    """Bytes that the engine's share lacks to hold one sequence of the longest."""
+
+    def at(self, phase: Phase, host: bool) -> int:
+        """Bytes in a phase, in host or GPU memory."""
+        return sum(p.size for p in self.parts if phase in p.phases and p.host == host)
+
+    def peak(self, host: bool) -> tuple[Phase, int]:
+        """The phase that needs most, and its bytes."""
+        phase = max(PHASES, key=lambda p: self.at(p, host))
+        return phase, self.at(phase, host)
+
+    def fits(self, spare: float = 0.0) -> bool:
+        """Whether every phase leaves this share free, and the engine can serve the longest."""
+        used = 1 - spare
+        gpu = not self.on_gpu or self.peak(host=False)[1] <= used * self.machine.gpu
+        return gpu and self.peak(host=True)[1] <= used * self.machine.host and self.short <= 0
+
+
+def millions(count: float) -> str:
+    """A count as a formula shows it: 134.5M."""
+    return f"{count / 1e6:,.1f}M"
+
+
+def learning(config: RunConfig, architecture: Architecture, on_gpu: bool) -> Learning:
+    """The learner's memory at the longest sequences that the config allows."""
+    return Learning(
+        architecture,
+        config.model,
+        2 * config.learner.micro_batch_pairs,
+        config.prompts.max_tokens,
+        config.rollout.max_new_tokens,
+        config.learner.gradient_checkpointing,
+        on_gpu,
+    )
+
+
+def estimate(
+    config: RunConfig, plan: Plan, machine: Machine, architecture: Architecture
+) -> Estimate:
+    """Every part of a run on a machine. Pure: nothing is loaded or asked."""
+    on_gpu = plan.device == "cuda"
+    held = learning(config, architecture, on_gpu)
+    engine, short = _engine(config, plan, machine, held)
+    parts = [*_process(plan), *_learner(config, held), *_publishing(plan, held), *engine]
+    return Estimate(tuple(p for p in parts if p.size), machine, on_gpu, short)
+
+
+def _process(plan: Plan) -> Iterable[Part]:
+    cuda, vllm = plan.device == "cuda", plan.engine == "vllm"
+    size = ASSUMED.process + vllm * ASSUMED.vllm + cuda * ASSUMED.cuda_process
+    said = "Python, torch, Transformers" + (", vLLM" if vllm else "") + (", CUDA" if cuda else "")
+    told = "assumed" if cuda else "measured"
+    yield Part("framework", "process", size, f"{said}, once imported; {told}", PHASES, True)
+    if cuda:
+        yield Part("framework", "CUDA context", ASSUMED.context, "assumed", PHASES, False)
+
+
+def _learner(config: RunConfig, held: Learning) -> Iterable[Part]:
+    a, c, host = held.architecture, held.compute, not held.on_gpu
+    total, linear = millions(a.parameters), millions(a.linear)
+    if held.model.tuning == "qlora":
+        rest = millions(a.parameters - a.linear)
+        said = f"NF4 {NF4:.3f} B x {linear} + {c} B x {rest}"
+    else:
+        said = f"{4 if held.full else c} B x {total}"
+    yield Part("learner", "weights", held.base, said, PHASES, host)
+    if not held.full:
+        copies = 2 if held.model.adapter is not None else 1
+        size = 4 * copies * held.adapter
+        said = f"4 B x {millions(copies * held.adapter)}, rank {held.model.lora.rank}"
+        yield Part("learner", "adapter", size, said, RUNNING, host)
+        said = f"4 B x {millions(held.adapter)}"
+        yield Part("learner", "adapter at the start", 4 * held.adapter, said, RUNNING, True)
+    if held.on_gpu and held.model.tuning != "qlora":
+        passing = "the weights, on their way to the GPU"
+        yield Part("learner", "weights", held.base, passing, ("load",), True)
+    if held.full and config.rounds.reference == "initial":
+        said = f"4 B x {total}, loaded for one pass"
+        yield Part("learner", "initial policy", held.base, said, ("reference",), host)
+    shape = f"{held.sequences} sequences, {held.scored:,} predicted tokens"
+    yield Part("learner", "scoring", held.scoring, shape, ("reference",), host)
+    trained = millions(held.trained)
+    train: tuple[Phase, ...] = ("train",)
+    yield Part("learner", "gradients", 4 * held.trained, f"4 B x {trained}", train, host)
+    yield Part("learner", "AdamW", 8 * held.trained, f"8 B x {trained}", train, host)
+    yield Part("learner", "autocast copies", held.casts, f"{c} B x {trained}", train, host)
+    each = "layer inputs" if held.checkpointing else "kept for backward"
+    bytes_each = held.stream if held.checkpointing else held.a_token
+    said = f"{bytes_each:,} B x {held.tokens:,} tokens x {a.layers} layers, {each}"
+    yield Part("learner", "activations", held.activations, said, train, host)
+    said = f"12 B x {held.scored:,} predicted tokens x {a.vocabulary:,}"
+    if held.turn > 12 * held.scored * a.vocabulary:
+        said = "one layer's backward, or the head's gradient"
+    yield Part("learner", "logits", held.turn, said, train, host)
+    more = held.step - held.casts - held.activations - held.turn
+    yield Part("learner", "AdamW's step", max(0, more), "beyond the activations", train, host)
+    said = "half of what is freed; MALLOC_MMAP_THRESHOLD_=262144 in the environment: 0"
+    yield Part("framework", "freed blocks", held.blocks, said, train, host)
+
+
+def _publishing(plan: Plan, held: Learning) -> Iterable[Part]:
+    a, c, host = held.architecture, held.compute, not held.on_gpu
+    if plan.sync == "merged":
+        said = f"4 B x {millions(a.linear)}, base + adapter"
+        merged = 0 if held.full else 4 * a.linear
+        yield Part("publish", "merged layers", merged, said, ("publish",), host)
+        said = f"{c} B x {millions(a.parameters)}"
+        yield Part("publish", "copy to write", c * a.parameters, said, ("publish",), True)
+    else:
+        probes = held.sequences * min(PROBE_TOKENS, held.completion)
+        said = f"10 B x {probes} predicted tokens x {a.vocabulary:,}"
+        yield Part("publish", "scoring", 10 * probes * a.vocabulary, said, ("publish",), host)
+
+
+def _engine(
+    config: RunConfig, plan: Plan, machine: Machine, held: Learning
+) -> tuple[list[Part], int]:
+    """The generator's parts, and what its share lacks for one sequence of the longest."""
+    if plan.engine == "vllm" and held.on_gpu:
+        return _vllm_on_gpu(config, plan, machine, held)
+    a, c, host = held.architecture, held.compute, not held.on_gpu
+    size, longest = c * a.parameters, held.prompt + held.completion
+    said = f"{c} B x {millions(a.parameters)}, a copy of its own"
+    rows = config.rollout.max_concurrency
+    token = key_value_bytes(a, c)
+    where = RUNNING if host else AWAKE
+    parts = [Part("generator", "weights", size, said, where, host)]
+    if not host:
+        parts.append(Part("generator", "weights asleep", size, said, ASLEEP, True))
+    if plan.engine == "vllm":
+        cache = round(config.rollout.memory_gib * GIB)
+        said = f"rollout.memory_gib; {cache // (token * longest):,} of the longest at once"
+        parts.append(Part("generator", "key-value cache", cache, said, RUNNING, host))
+        batched = max(8192, longest)
+        work = workspace(a, c, batched, rows)
+        said = f"a step over {batched:,} tokens, logits of {rows} sequences"
+        parts.append(Part("generator", "workspace", work, said, AWAKE, host))
+        return parts, token * longest - cache
+    said = f"{token:,} B x {rows} sequences x {longest:,} tokens"
+    parts.append(
+        Part("generator", "key-value cache", token * rows * longest, said, ("generate",), host)
+    )
+    said = f"20 B x {rows} sequences x {a.vocabulary:,}"
+    parts.append(Part("generator", "logits", 20 * rows * a.vocabulary, said, ("generate",), host))
+    return parts, 0
+
+
+def _vllm_on_gpu(
+    config: RunConfig, plan: Plan, machine: Machine, held: Learning
+) -> tuple[list[Part], int]:
+    a, c, rollout = held.architecture, held.compute, config.rollout
+    longest = held.prompt + held.completion + 1
+    budget = round(rollout.gpu_memory_share * machine.gpu)
+    served = plan.sync == "adapter" and config.model.tuning == "qlora"
+    weights = round(NF4_SERVED * a.linear) + c * (a.parameters - a.linear)
+    weights = weights if served else c * a.parameters
+    slots = c * held.adapter if plan.sync == "adapter" else 0
+    batched = min(default_batched_tokens(machine), rollout.max_concurrency * longest)
+    work = workspace(a, c, batched, rollout.max_concurrency) + ASSUMED.graphs
+    token = key_value_bytes(a, c)
+    cache = budget - weights - slots - work
+    rows = max(0, cache) // (token * longest)
+    said = (
+        f"{rollout.gpu_memory_share:g} of the card: weights {(weights + slots) / GIB:.2f}, "
+        f"workspace {work / GIB:.2f}, cache {cache / GIB:.2f} GiB for {rows:,} of the longest"
+    )
+    probe = (held.prompt + min(PROBE_TOKENS, held.completion)) * a.vocabulary
+    host = f"{(weights + slots) / GIB:.2f} GiB in host memory while it sleeps"
+    parts = [
+        Part("generator", "vLLM, awake", budget, said, AWAKE, False),
+        Part("generator", "vLLM, asleep", ASSUMED.graphs, "graphs, assumed", ASLEEP, False),
+        Part("generator", "vLLM, asleep", weights + slots, host, ASLEEP, True),
+        Part(
+            "generator",
+            "scoring a probe",
+            (c + 5) * probe,
+            f"{c + 5} B x {probe // a.vocabulary:,} tokens x {a.vocabulary:,}, beyond its share",
+            ("publish",),
+            False,
+        ),
+    ]
+    return parts, token * longest - cache
+
+
+def key_value_bytes(architecture: Architecture, compute: int) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    return 2 * architecture.layers * architecture.key * compute
+
+
+def workspace(architecture: Architecture, compute: int, tokens: int, rows: int) -> int:
+    """An engine's forward pass without gradients: `tokens` through a layer, `rows` to logits."""
+    a = architecture
+    layer = compute * (3 * a.intermediate + 4 * a.hidden + 2 * a.query)
+    return tokens * layer + rows * a.vocabulary * (compute + 12)
+
+
+def default_batched_tokens(machine: Machine) -> int:
+    """Tokens of a vLLM step unless set (vLLM 0.32, `get_batch_defaults`)."""
+    if machine.gpu >= 160 * GIB:
+        return 16384
+    ampere = machine.capability == (8, 0)
+    return 16384 if machine.gpu >= 70 * GIB and not ampere else 8192

@@ -1,0 +1,278 @@
+"""Memory estimates: worked by hand, against what autograd keeps, and against measured peaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import save_small_model
+from torch.autograd.graph import saved_tensors_hooks
+
+from benchmarks import memory as benchmark
+from launch import presets
+from launch.architectures import KNOWN, Architecture, find
+from launch.learner_memory import Learning
+from launch.machines import GIB, parse
+from launch.memory import ASSUMED, PHASES, Estimate, Phase, estimate, learning
+from launch.placement import Plan, place_on
+from rlhf import config_io
+from rlhf.config import Model, RunConfig
+from rlhf.logprobs import collate, sequence_logps, token_logps
+from rlhf.policy import Policy
+
+QWEN = Architecture.read(KNOWN["Qwen/Qwen2.5-7B-Instruct"], "")
+
+
+def preset(name: str, **sections: dict[str, Any]) -> RunConfig:
+    values = config_io.load([presets.path(name)]).model_dump()
+    for section, changes in sections.items():
+        values[section] |= changes
+    return RunConfig.model_validate(values)
+
+
+def on(config: RunConfig, machine: str) -> Estimate:
+    described = parse(machine)
+    plan = place_on(config, described)
+    return estimate(config, plan, described, find(config.model.path))
+
+
+def size(found: Estimate, role: str, what: str, host: bool = False) -> int:
+    (part,) = (p for p in found.parts if (p.role, p.what, p.host) == (role, what, host))
+    return part.size
+
+
+def test_a_7b_qlora_on_a_t4_by_hand() -> None:
+    """Qwen2.5-7B: 28 layers, hidden 3584, inner 18944, 4 key heads of 128, 152064 words.
+
+    A layer's linear weights: q and o 2 x 3584 x 3584 = 25,690,112, k and v 2 x 3584 x 512 =
+    3,670,016, the MLP 3 x 3584 x 18944 = 203,685,888; together 233,046,016, and 28 times that is
+    6,525,288,448. NF4 takes 0.5 + 1/64 + 4/16384 = 0.515869140625 bytes of each: 3,366,194,944.
+    All 7,615,616,512 less those, 1,090,328,064, rest in fp16: 2,180,656,128. Sum 5,546,851,072.
+
+    The adapter, rank 16: in + out is 7168 for q and o, 4096 for k and v, 22528 for each of the
+    MLP's three; 90,112 a layer, x 16 x 28 = 40,370,176 weights: 161,480,704 bytes in fp32, as much
+    for gradients, twice that for AdamW, half of it for fp16 copies.
+
+    A micro-batch of one pair at 448 + 192 tokens: 2 x 640 = 1280 tokens. With checkpointing each
+    of 28 layers keeps its fp16 input: 28 x 1280 x 3584 x 2 = 256,901,120. Logits: 12 bytes x 384
+    predicted tokens x 152,064 = 700,710,912.
+
+    One layer, done again in backward, keeps a token's 8 x 3584 + 8 in the norms, 2 x 2 x 3584 of
+    the adapters' inputs, 4 x 2 x 18944 in the MLP, 7 x 2 x 16 behind the adapters' first matrices,
+    4 x 2 x 3584 + 4 x 28 + 2 x 640 in attention: 28,680 + 14,336 + 151,552 + 224 + 30,064 = 224,856
+    bytes, for 1280 tokens 287,815,680. Its backward adds 8 x 18944 x 1280 = 193,986,560, and a
+    dequantised matrix 2 x 3584 x 18944 = 135,790,592. Sum 617,592,832: less than the logits. With
+    448 + 128 tokens it is more: 224,728 x 1152 + 8 x 18944 x 1152 + 135,790,592 = 569,265,152
+    against 12 x 256 x 152,064 = 467,140,608.
+    """
+    found = on(preset("qwen2.5-7b-instruct-qlora-t4"), "1xT4-16GB")
+    assert size(found, "learner", "weights") == 5_546_851_072
+    assert size(found, "learner", "adapter") == 161_480_704
+    assert size(found, "learner", "gradients") == 161_480_704
+    assert size(found, "learner", "AdamW") == 322_961_408
+    assert size(found, "learner", "autocast copies") == 80_740_352
+    assert size(found, "learner", "activations") == 256_901_120
+    assert size(found, "learner", "logits") == 700_710_912
+    shorter = preset("qwen2.5-7b-instruct-qlora-t4", rollout={"max_new_tokens": 128})
+    held = learning(shorter, QWEN, on_gpu=True)
+    assert held.a_token == 224_728
+    assert held.turn == 569_265_152
+
+
+def test_vllm_on_a_t4_by_hand() -> None:
+    """0.48 of 14.56 GiB, 7,504,166,859 bytes, is what vLLM holds while it is awake.
+
+    Weights: vLLM undoes the second quantisation, 0.5 + 4/64 = 0.5625 bytes x 6,525,288,448 =
+    3,670,474,752, and 2,180,656,128 in fp16, and 80,740,352 for one adapter: 5,931,871,232. While
+    it sleeps they lie in host memory.
+
+    A step reads at most 8 sequences x 641 tokens = 5,128. A token's way through a layer takes
+    2 x (3 x 18944 + 4 x 3584 + 2 x 3584) = 156,672 bytes: 803,414,016. Logits of 8 sequences:
+    8 x 152,064 x 14 = 17,031,168. Graphs are assumed. A token's keys and values:
+    2 x 28 x 512 x 2 = 57,344 bytes; one sequence of 641: 36,757,504.
+    """
+    found = on(preset("qwen2.5-7b-instruct-qlora-t4"), "1xT4-16GB")
+    budget = size(found, "generator", "vLLM, awake")
+    assert budget == 7_504_166_859
+    assert size(found, "generator", "vLLM, asleep", host=True) == 5_931_871_232
+    cache = budget - 5_931_871_232 - 803_414_016 - 17_031_168 - ASSUMED.graphs
+    assert found.short == 36_757_504 - cache
+    assert found.fits()
+    starved = preset("qwen2.5-7b-instruct-qlora-t4", rollout={"gpu_memory_share": 0.45})
+    short = on(starved, "1xT4-16GB").short
+    assert short == found.short + budget - round(0.45 * round(14.56 * GIB)) > 0
+    assert not on(starved, "1xT4-16GB").fits()
+
+
+def test_the_peak_of_a_t4_by_hand() -> None:
+    """Nothing is on the card twice: while vLLM is awake the learner has weights and adapter only.
+
+    publish: context + weights 5,546,851,072 + adapter 161,480,704 + vLLM's share + the learner's
+    score of 2 x 64 probe tokens, 10 x 128 x 152,064 = 194,641,920 + vLLM's own, 7 x 512 x 152,064 =
+    544,997,376.
+    train: context + weights + adapter + gradients 161,480,704 + AdamW 322,961,408 + copies
+    80,740,352 + activations 256,901,120 + logits 700,710,912 + what vLLM leaves.
+    """
+    found = on(preset("qwen2.5-7b-instruct-qlora-t4"), "1xT4-16GB")
+    resident = ASSUMED.context + 5_546_851_072 + 161_480_704
+    share = 7_504_166_859
+    assert found.at("generate", host=False) == resident + share
+    assert found.at("publish", host=False) == resident + share + 194_641_920 + 544_997_376
+    assert found.at("train", host=False) == (
+        resident
+        + ASSUMED.graphs
+        + (161_480_704 + 322_961_408 + 80_740_352 + 256_901_120 + 700_710_912)
+    )
+    assert found.peak(host=False) == ("publish", found.at("publish", host=False))
+
+
+@pytest.mark.parametrize("machine", ["1xA100-40GB", "1xA100-80GB", "1xH100-80GB"])
+def test_an_8b_lora_by_hand(machine: str) -> None:
+    """Llama-3.1-8B in bf16: 2 x 8,030,261,248 = 16,060,522,496 bytes, in the learner and in vLLM.
+
+    Adapter, rank 16: in + out 8192 for q and o, 5120 for k and v, 18432 for each of the MLP's
+    three, 81,920 a layer x 16 x 32 = 41,943,040 weights.
+    Checkpointed, two pairs of 1024 + 512 tokens: 32 x 6144 x 4096 x 2 = 1,610,612,736.
+    vLLM reads 8,192 tokens a step on an A100 of either size, 16,384 on an H100; a token takes
+    2 x (3 x 14336 + 4 x 4096 + 2 x 4096) = 135,168 bytes, and 64 rows of logits
+    64 x 128,256 x 14 = 114,917,376.
+    """
+    found = on(preset("llama-3.1-8b-instruct-lora-a100"), machine)
+    assert size(found, "learner", "weights") == 16_060_522_496
+    assert size(found, "learner", "adapter") == 4 * 41_943_040
+    assert size(found, "learner", "activations") == 1_610_612_736
+    tokens = 16384 if "H100" in machine else 8192
+    budget = round(0.5 * parse(machine).gpu)
+    used = 16_060_522_496 + 2 * 41_943_040 + tokens * 135_168 + 114_917_376 + ASSUMED.graphs
+    longest = 1537 * 2 * 32 * 1024 * 2
+    assert found.short == longest - (budget - used)
+    assert found.fits()
+
+
+def test_the_host_loads_what_is_not_quantised_and_keeps_what_sleeps() -> None:
+    found = on(preset("llama-3.1-8b-instruct-lora-a100"), "1xA100-40GB")
+    process = size(found, "framework", "process", host=True)
+    assert found.at("load", host=True) == process + 16_060_522_496
+    asleep = 16_060_522_496 + 2 * 41_943_040
+    assert found.at("train", host=True) == process + asleep + 4 * 41_943_040
+    quantised = on(preset("qwen2.5-7b-instruct-qlora-a100"), "1xA100-40GB")
+    assert quantised.at("load", host=True) == size(quantised, "framework", "process", host=True)
+
+
+def test_full_tuning_holds_sixteen_bytes_a_weight_and_the_start_once() -> None:
+    """4 weights + 4 gradients + 8 AdamW; for the reference pass 4 + 4, before AdamW is there."""
+    config = preset("smollm2-cpu", model={"tuning": "full"}, rollout={"engine": "transformers"})
+    described = parse("1xT4-16GB")
+    plan = Plan("cpu", "transformers", "merged")
+    found = estimate(config, plan, described, find(config.model.path))
+    fixed = ("weights", "gradients", "AdamW")
+    learner = sum(size(found, "learner", what, host=True) for what in fixed)
+    assert learner == 16 * 134_515_008
+    assert size(found, "learner", "initial policy", host=True) == 4 * 134_515_008
+    (start,) = (p for p in found.parts if p.what == "initial policy")
+    assert start.phases == ("reference",)
+
+
+def test_what_needs_less_is_said_to_need_less() -> None:
+    """Each of these settings is a way out of a full memory, so each must lower the learner's."""
+    base = preset("qwen2.5-7b-instruct-qlora-a100", learner={"micro_batch_pairs": 2})
+
+    def train(config: RunConfig) -> int:
+        held = learning(config, QWEN, on_gpu=True)
+        return held.base + held.casts + 16 * held.trained + held.activations + held.turn
+
+    for section, change in (
+        ("learner", {"micro_batch_pairs": 1}),
+        ("learner", {"gradient_checkpointing": True}),
+        ("prompts", {"max_tokens": 512}),
+        ("rollout", {"max_new_tokens": 256}),
+    ):
+        values = base.model_dump()
+        values[section] |= change
+        assert train(RunConfig.model_validate(values)) < train(base), change
+    lora = preset("qwen2.5-7b-instruct-qlora-a100", model={"tuning": "lora"})
+    assert train(base) < train(lora) + 2 * QWEN.linear
+    assert learning(base, QWEN, True).base < learning(lora, QWEN, True).base
+
+
+@contextmanager
+def kept() -> Iterator[dict[int, torch.Tensor]]:
+    """Every storage that autograd keeps for backward, once."""
+    storages: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield storages
+
+
+def bytes_kept(model: Model) -> int:
+    """What a forward pass over two padded pairs keeps, the weights themselves aside."""
+    policy = Policy(model, model.path, "cpu", seed=0)
+    policy.model.train()
+    rows = [([5] * 24, [6] * 8), ([5] * 24, [7] * 8), ([5] * 24, [8] * 8), ([5] * 24, [9] * 7)]
+    batch = collate(rows, policy.pad_id, "cpu")
+    own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    own |= {b.untyped_storage().data_ptr() for b in policy.model.buffers()}
+    with kept() as storages, policy.autocast():
+        sums = sequence_logps(token_logps(policy.model, batch), batch)
+    found = sum(t.untyped_storage().nbytes() for ptr, t in storages.items() if ptr not in own)
+    assert sums.requires_grad
+    return found
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize(
+    ("tuning", "precision"),
+    [
+        ("full", "fp32"),
+        ("full", "bf16"),
+        ("lora", "fp32"),
+        ("lora", "bf16"),
+        ("lora", "fp16"),
+        ("qlora", "bf16"),
+    ],
+)
+def test_a_layer_keeps_what_the_formula_says(
+    tmp_path: Path, tuning: str, precision: str, key_heads: int
+) -> None:
+    """Two models that differ by two layers: the ends cancel out, the layers' share remains."""
+    measured, expected = [], []
+    for layers in (2, 4):
+        path = save_small_model(tmp_path / str(layers), layers=layers, key_heads=key_heads)
+        values = {"path": str(path), "tuning": tuning, "precision": precision}
+        model = Model.model_validate(values)
+        held = Learning(find(model.path), model, 4, 24, 8, checkpointing=False, on_gpu=False)
+        measured.append(bytes_kept(model))
+        expected.append(held.activations + held.casts)
+    assert measured[1] - measured[0] == pytest.approx(expected[1] - expected[0], rel=0.001)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "case",
+    [
+        benchmark.Case("full", pairs=1),
+        benchmark.Case("lora"),
+        benchmark.Case("qlora"),
+        benchmark.Case("lora", pairs=4, checkpointing=True),
+    ],
+    ids=lambda c: f"{c.tuning}-{c.pairs}",
+)
+def test_estimates_are_within_15_percent_of_measured_peaks(case: benchmark.Case) -> None:
+    """SmolLM2-135M in a process of its own, on real bitsandbytes for NF4."""
+    assert benchmark.estimated(case) == pytest.approx(benchmark.measure(case).peak, rel=0.15)
+
+
+def test_every_phase_has_the_process_and_the_weights() -> None:
+    found = on(preset("gemma-2b-it-qlora-t4"), "1xT4-16GB")
+    shown: tuple[Phase, ...] = PHASES
+    for phase in shown:
+        assert found.at(phase, host=True) >= ASSUMED.process
+        assert found.at(phase, host=False) >= size(found, "learner", "weights")
