@@ -54,3 +54,33 @@ def calibrate(
 
         loaded, overrides = config_io.load([config], overrides), ()
     return run(loaded, (verdicts, gold), registry, overrides, json)
+
+
+@app.command
+def cache(
+    path: Path,
+    /,
+    *,
+    judge: str | None = None,
+    model: str | None = None,
+    older_than: float | None = None,
+    prune: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Show the verdicts that a run or a shared cache keeps, or remove them.
+
+    Parameters
+    ----------
+    path
+        A run's folder, or the file that judges.cache names.
+    judge
+        Only this judge's.
+    model
+        Only this model's.
+    older_than
+        Only those given more than so many days ago.
+    prune
+        Remove them: they would be asked for again.
+    """
+    from launch.verdicts import show
+
+    return show(path, judge, model, older_than, prune)

@@ -16,6 +16,7 @@ from rlhf.protocols import Generator, Judge, ModelJudge
 from rlhf.protocols import Serving as ServingProtocol
 from rlhf.types import Completion, Prompt, scores_table
 from rlhf.verdict import STANDINGS
+from rollout.judges.cache import FILE, VerdictCache
 from rollout.judges.identity import identity
 from rollout.judges.panel import build, check_abstentions, score_all, suspicious
 
@@ -30,8 +31,10 @@ class Judging:
 
         Raises InputError where a judge can't be had, or lacks a certificate that it needs.
         """
-        self._panel = build(config.judges.panel, "judges.panel", device)
-        self._audit = build(config.judges.audit, "judges.audit", device)
+        self._cache = VerdictCache()
+        self._cache_path = config.judges.cache
+        self._panel = build(config.judges.panel, "judges.panel", device, self._cache)
+        self._audit = build(config.judges.audit, "judges.audit", device, self._cache)
         self._limit = config.judges.max_abstention
         self._standings = require_certificates(config, identities(self._panel), datetime.now(UTC))
         self._say: Callable[[str], None] = print
@@ -48,6 +51,7 @@ class Judging:
         """
         self._say = say
         make_folder(folder)
+        self._cache.open(folder / FILE if self._cache_path is None else Path(self._cache_path))
         held = {"standings": [_entry(standing) for standing in self._standings]}
         write_json(folder / STANDINGS, held)
         for standing in self.uncertified:
@@ -82,6 +86,7 @@ class Judging:
         """Free everything."""
         for judge in self._models:
             judge.close()
+        self._cache.close()
 
     @property
     def _models(self) -> list[ModelJudge]:

@@ -199,6 +199,9 @@ class Judges(Section):
     """Judges whose scores train; one a dimension."""
     audit: list[JudgeSpec] = Field(default_factory=list)
     """Judges that only watch: they score held-out answers."""
+    cache: str | None = None
+    """SQLite file that keeps model judges' verdicts, so that none is asked for twice; runs may
+    share one. Default: judges/verdicts.sqlite in the run's folder."""
     max_abstention: Share = 0.05
     """A larger share of missing scores in any dimension stops the round."""
     uncertified: Literal["refuse", "allow"] = "refuse"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import polars as pl
 
@@ -19,6 +19,7 @@ from rlhf.errors import DataGateError, PairloopError
 from rlhf.protocols import Judge
 from rlhf.types import Completion, Prompt, Score
 from rollout.judges.backends import Backend
+from rollout.judges.cache import CachedBackend, VerdictCache, weights_of
 from rollout.judges.fence import SUSPICIOUS
 from rollout.judges.llm import LlmJudge, calls
 from rollout.judges.recorded import RecordedJudge
@@ -27,34 +28,52 @@ from rollout.judges.verifier import Verifier
 _REASONS_SHOWN = 3
 
 
-def build(specs: Sequence[JudgeSpec], field: str, device: str = "auto") -> list[Judge]:
+def build(
+    specs: Sequence[JudgeSpec],
+    field: str,
+    device: str = "auto",
+    cache: VerdictCache | None = None,
+) -> list[Judge]:
     """The judges of a configuration list (`field`: judges.panel or judges.audit), in its order.
 
-    `device` is auto, cpu or cuda. No model is loaded and no endpoint asked yet. Raises InputError
-    where a judge can't be had: its function, rubric, model or key.
+    `device` is auto, cpu or cuda; model judges ask `cache` first. No model is loaded and no
+    endpoint asked yet. Raises InputError where a judge can't be had: its function, file, rubric,
+    model or key.
     """
-    return [_build(spec, f"{field}[{index}]", device) for index, spec in enumerate(specs)]
+    builder = _Builder(device, cache or VerdictCache())
+    return [builder.build(spec, f"{field}[{index}]") for index, spec in enumerate(specs)]
 
 
-def _build(spec: JudgeSpec, field: str, device: str) -> Judge:
-    if isinstance(spec, VerifierSpec):
-        return Verifier.of(spec, field)
-    if isinstance(spec, RecordedSpec):
-        return RecordedJudge.of(spec, field)
-    if isinstance(spec, RewardModelSpec):
-        from rollout.judges.reward_model import RewardModelJudge
+class _Builder:
+    """Builds judges on one device, over one cache."""
 
-        return RewardModelJudge.of(spec, field, device)
-    backend: Backend
-    if spec.backend == "openai":
-        from rollout.judges.backends.openai import OpenAiBackend
+    def __init__(self, device: str, cache: VerdictCache) -> None:
+        self._device = device
+        self._cache = cache
 
-        backend = OpenAiBackend(spec, field)
-    else:
+    def build(self, spec: JudgeSpec, field: str) -> Judge:
+        """One judge."""
+        if isinstance(spec, VerifierSpec):
+            return Verifier.of(spec, field)
+        if isinstance(spec, RecordedSpec):
+            return RecordedJudge.of(spec, field)
+        if isinstance(spec, RewardModelSpec):
+            from rollout.judges.reward_model import RewardModelJudge
+
+            return RewardModelJudge.of(spec, field, self._device, self._cache)
+        backend, weights = self._backend(spec, field)
+        return LlmJudge.of(spec, field, CachedBackend(backend, self._cache, spec.name, weights))
+
+    def _backend(self, spec: LlmSpec, field: str) -> tuple[Backend, Callable[[], str | None]]:
+        if spec.backend == "openai":
+            from rollout.judges.backends.openai import OpenAiBackend
+
+            # What a provider serves under a name can't be told apart; verdicts can be pruned.
+            return OpenAiBackend(spec, field), lambda: "served by others"
         from rollout.judges.backends.vllm import VllmBackend
 
-        backend = VllmBackend(spec, field, device)
-    return LlmJudge.of(spec, field, backend)
+        backend = VllmBackend(spec, field, self._device)
+        return backend, lambda: weights_of(spec.model, spec.revision)
 
 
 def planned_calls(config: RunConfig, train: int, gate: int, final: int) -> list[str]:

@@ -7,8 +7,6 @@ scores lie beyond a mapping's ends, what still ranks no longer differs by much: 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from rlhf.errors import InputError, PairloopError
 from rlhf.files import read_json, sha256_file, write_json
 from rlhf.pair_formats import read_preferences
 from rlhf.types import Completion, Message, Prompt, Score
+from rollout.judges.cache import Entry, VerdictCache, key_of, weights_of
 from rollout.judges.reward_engines import (
     Checkpoint,
     RewardEngine,
@@ -97,19 +96,24 @@ class Quantiles:
 class RewardModelJudge:
     """Scores completions with a reward model; one output of it a dimension."""
 
-    def __init__(self, spec: RewardModelSpec, field: str, engine: RewardEngine) -> None:
+    def __init__(
+        self, spec: RewardModelSpec, field: str, engine: RewardEngine, cache: VerdictCache
+    ) -> None:
         self.spec = spec
         self.name = spec.name
         self.dimensions = tuple(spec.dimensions)
         self._field = field
         self._engine = engine
+        self._cache = cache
         self._checkpoint: Checkpoint | None = None
         self._scales: tuple[Scale, ...] = ()
         self._count = 0
         self._beyond = 0
 
     @classmethod
-    def of(cls, spec: RewardModelSpec, field: str, device: str) -> RewardModelJudge:
+    def of(
+        cls, spec: RewardModelSpec, field: str, device: str, cache: VerdictCache
+    ) -> RewardModelJudge:
         """The judge that a configuration names; nothing is loaded yet. Raises InputError where
         its folder, its calibration set or vLLM is not there."""
         local = spec.model.startswith(("/", "./", "../", "~")) or spec.model.count("/") > 1
@@ -120,24 +124,22 @@ class RewardModelJudge:
         engine: RewardEngine = TransformersEngine(spec, device)
         if spec.backend == "vllm":
             engine = VllmEngine(spec, field, device)
-        return cls(spec, field, engine)
+        return cls(spec, field, engine, cache)
 
     @cached_property
     def weights(self) -> str | None:
         """What tells these weights from others: the revision asked for, else the SHA-256 of a local
         folder's weights; None for a hub id without revision, which may change."""
-        folder = folder_of(self.spec.model)
-        if self.spec.revision is not None or folder is None:
+        if self.spec.revision is not None or folder_of(self.spec.model) is None:
             return self.spec.revision
-        held = [(p.name, sha256_file(p)) for p in sorted(folder.glob("*.safetensors"))]
-        return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+        return weights_of(self.spec.model, None)
 
     def scale_sha256(self) -> str:
         """Of what turns outputs into scores: a certificate for a floor is one for a mapping."""
         spec = self.spec
         used = None if spec.calibration_set is None else sha256_file(Path(spec.calibration_set))
-        said = [spec.dimensions, spec.mapping, used, spec.engine.precision, spec.engine.max_length]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        engine = [spec.engine.precision, spec.engine.max_length]
+        return key_of(spec.dimensions, spec.mapping, used, engine)
 
     def start(self, folder: Path | None) -> list[str]:
         """Load the model and score texts whose order everybody knows; what that gave.
@@ -221,14 +223,30 @@ class RewardModelJudge:
         return Score(prompt_id, sample, judge, dimension, value, (value,), 0.0, False, reason)
 
     def _raw(self, rows: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """Raw scores of every row; equal rows are scored once."""
-        unique = list(dict.fromkeys(tuple(row) for row in rows))
-        found = self._engine.raw(unique) if unique else []
+        """Raw scores of every row, from the cache where it has them; equal rows are scored once.
+
+        A call's scores are kept together or not at all: the rest would be batched otherwise after
+        a kill, and rounded otherwise.
+        """
+        keys = [key_of(*self._asked, list(row)) for row in rows]
+        known = {} if self._asked[-1] is None else self._cache.find(list(dict.fromkeys(keys)))
+        unique = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
+        found = self._engine.raw(list(unique.values())) if unique else []
         width = len(self.dimensions)
         if len(found) != len(unique) or any(len(raw) != width for raw in found):
             raise PairloopError(f"judge {self.name}: the engine lost scores on the way")
-        by_row = dict(zip(unique, found, strict=True))
-        return [by_row[tuple(row)] for row in rows]
+        fresh = dict(zip(unique, found, strict=True))
+        if self._asked[-1] is not None:
+            entries = [Entry(key, self.name, self.spec.model, raw) for key, raw in fresh.items()]
+            self._cache.keep([e for e in entries if all(map(math.isfinite, e.value))])
+        return [tuple(known[key]) if key in known else fresh[key] for key in keys]
+
+    @cached_property
+    def _asked(self) -> tuple[str | None, ...]:
+        """What a raw score depends on beside the text; the weights come last."""
+        spec = self.spec
+        weights = weights_of(spec.model, spec.revision)
+        return (self.name, spec.backend, spec.model, spec.engine.precision, weights)
 
     def _preflight(self, probes: Sequence[Sequence[int]]) -> list[str]:
         model = self.spec.model
