@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from zlib import crc32
 
 import polars as pl
 import pytest
+import yaml
 from fakes import run_values
 from scripted_server import Reply, Request, ScriptedServer, chat
 
@@ -226,3 +229,48 @@ def test_the_judges_sleep_with_the_generator_and_wake_when_asked() -> None:
     sharing.sleep()
     sharing.wake()
     assert log == ["generator sleeps", "judges sleeps", "generator wakes"]
+
+
+@pytest.mark.engine
+def test_a_round_with_policy_and_judge_in_vllm_from_the_command_line(
+    smollm2: str, tmp_path: Path
+) -> None:
+    reader = {
+        "kind": "llm",
+        "name": "reader",
+        "dimensions": ["style"],
+        "model": smollm2,
+        "engine": {"max_length": 2048, "memory_gib": 0.5},
+    }
+    values = run_values(
+        tmp_path,
+        smollm2,
+        rollout={"engine": "vllm", "samples_per_prompt": 3, "max_new_tokens": 16, "top_p": 0.9},
+        rounds={"count": 1},
+        evaluation={"samples_per_prompt": 1, "kl_prompts": 1, "greedy_prompts": 1},
+    )
+    values["model"]["precision"] = "bf16"
+    for source in values["prompts"].values():
+        source["limit"] = 2
+    (rules,) = values["judges"]["panel"]
+    values["judges"] = {
+        "panel": [{**rules, "dimensions": ["correctness"]}, reader],
+        "uncertified": "allow",
+        # A model this small abstains now and then.
+        "max_abstention": 0.5,
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "launch", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    told = " ".join(done.stdout.split())
+    assert "UNCERTIFIED: reader trains style without a certificate" in told
+    run = tmp_path / "runs/trial"
+    assert "**Uncertified judges**: reader" in (run / "summary.md").read_text()
+    scores = pl.read_parquet(run / "rounds/0001/scores/*.parquet").filter(judge="reader")
+    graded = scores.filter(~pl.col("abstained"))
+    assert scores.height == 6 and graded.height >= 3
+    assert graded["score"].is_between(0, 1).all()
+    assert all(graded["reason"].to_list())
+    assert scores.filter("abstained")["score"].null_count() == 6 - graded.height
