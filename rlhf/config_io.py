@@ -45,6 +45,8 @@ NEUTRAL = (
     "learner.checkpoint_steps",
     "judges.panel[].traffic",
     "judges.audit[].traffic",
+    "judges.panel[].members[].traffic",
+    "judges.audit[].members[].traffic",
     "rounds.count",
     "calibration",
     "tracking",

@@ -183,11 +183,59 @@ def _kind(value: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-JudgeSpec = Annotated[
+MemberSpec = Annotated[
     Annotated[VerifierSpec, Tag("verifier")]
     | Annotated[LlmSpec, Tag("llm")]
     | Annotated[RewardModelSpec, Tag("reward_model")]
     | Annotated[RecordedSpec, Tag("recorded")],
+    Discriminator(_kind),
+]
+
+
+class EnsembleSpec(_Judge):
+    """Several judges that vote, as one. At temperature 0 the same call again is no second vote, so
+    members must differ: in model, in the rubric's wording (a rubric file of one's own), in mode."""
+
+    kind: Literal["ensemble"]
+    """Several judges as one."""
+    members: Annotated[list[MemberSpec], Field(min_length=2)]
+    """Judges of any other kind, each on all of the ensemble's dimensions."""
+    combine: Literal["mean", "median"] = "mean"
+    """`median` shrugs off one vote that is far from the others; it takes three."""
+    quorum: Annotated[int, Field(ge=1)] | None = None
+    """Fewest votes that make a score; with fewer, it is an abstention. Default: more than half of
+    the members."""
+    max_spread: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Largest standard deviation of the votes; beyond it, it is an abstention. Two votes two grades
+    of five apart have 0.35."""
+
+    @model_validator(mode="after")
+    def _members_fit(self) -> EnsembleSpec:
+        for index, member in enumerate(self.members):
+            if set(member.dimensions) != set(self.dimensions):
+                raise ValueError(
+                    f"members.{index}.dimensions must be those of the ensemble, {self.dimensions}, "
+                    f"got {member.dimensions}"
+                )
+        if self.quorum is not None and self.quorum > len(self.members):
+            raise ValueError(
+                f"quorum must be at most the number of members, {len(self.members)}, got "
+                f"{self.quorum}"
+            )
+        return self
+
+    @property
+    def relative(self) -> bool:
+        """One member without a level leaves none to the mean."""
+        return any(member.relative for member in self.members)
+
+
+JudgeSpec = Annotated[
+    Annotated[VerifierSpec, Tag("verifier")]
+    | Annotated[LlmSpec, Tag("llm")]
+    | Annotated[RewardModelSpec, Tag("reward_model")]
+    | Annotated[RecordedSpec, Tag("recorded")]
+    | Annotated[EnsembleSpec, Tag("ensemble")],
     Discriminator(_kind),
 ]
 
@@ -210,7 +258,9 @@ class Judges(Section):
 
     @model_validator(mode="after")
     def _unique(self) -> Judges:
-        names = [j.name for j in self.panel + self.audit]
+        judges = self.panel + self.audit
+        members = [m for j in judges if isinstance(j, EnsembleSpec) for m in j.members]
+        names = [j.name for j in [*judges, *members]]
         if len(set(names)) < len(names):
             raise ValueError(f"judge names must differ, got {names}")
         for judges, where in ((self.panel, "panel"), (self.audit, "audit")):

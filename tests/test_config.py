@@ -232,7 +232,8 @@ judges:
     [
         (
             "      kind: lm",
-            'judges.panel.0.kind must be one of verifier, llm, reward_model, recorded, found "lm" (run.yaml:4)',
+            "judges.panel.0.kind must be one of verifier, llm, reward_model, recorded, ensemble, "
+            'found "lm" (run.yaml:4)',
         ),
         ("      kind: [llm]", ', found ["llm"] (run.yaml:4)'),
         ("      functon: a:b", "unknown key judges.panel.0.functon (run.yaml:6); did you mean fun"),

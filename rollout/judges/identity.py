@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from rlhf.certificates import JudgeIdentity
 from rlhf.protocols import Judge
+from rollout.judges.cache import key_of
+from rollout.judges.ensemble import Ensemble
 from rollout.judges.llm import LlmJudge
 from rollout.judges.recorded import RecordedJudge
 from rollout.judges.reward_model import RewardModelJudge
@@ -21,6 +25,8 @@ def identity(judge: Judge, dimension: str) -> JudgeIdentity | None:
     if isinstance(judge, RewardModelJudge):
         spec = judge.spec
         return JudgeIdentity(spec.name, spec.model, judge.weights, judge.scale_sha256())
+    if isinstance(judge, Ensemble):
+        return _of_ensemble(judge, dimension)
     raise AssertionError(f"a judge of an unknown kind: {judge!r}")
 
 
@@ -33,4 +39,19 @@ def _of_llm(judge: LlmJudge, dimension: str) -> JudgeIdentity:
         model_revision=spec.revision,
         rubric_hash=judge.wording_sha256(dimension),
         remote=remote,
+    )
+
+
+def _of_ensemble(judge: Ensemble, dimension: str) -> JudgeIdentity:
+    spec = judge.spec
+    found = [identity(member, dimension) for member in judge.members]
+    votes = [
+        member.model_dump(mode="json") if who is None else asdict(who)
+        for member, who in zip(spec.members, found, strict=True)
+    ]
+    return JudgeIdentity(
+        spec.name,
+        model=" + ".join(member.name for member in spec.members),
+        rubric_hash=key_of(votes, spec.combine, judge.needed, spec.max_spread),
+        remote=any(who is not None and who.remote for who in found),
     )

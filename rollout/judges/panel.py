@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import polars as pl
 
 from rlhf.config import RunConfig
 from rlhf.config_judges import (
+    EnsembleSpec,
     JudgeSpec,
     LlmSpec,
     RecordedSpec,
@@ -19,7 +20,8 @@ from rlhf.errors import DataGateError, PairloopError
 from rlhf.protocols import Judge
 from rlhf.types import Completion, Prompt, Score
 from rollout.judges.backends import Backend
-from rollout.judges.cache import CachedBackend, VerdictCache, weights_of
+from rollout.judges.cache import CachedBackend, VerdictCache, key_of, weights_of
+from rollout.judges.ensemble import Ensemble
 from rollout.judges.fence import SUSPICIOUS
 from rollout.judges.llm import LlmJudge, calls
 from rollout.judges.recorded import RecordedJudge
@@ -50,9 +52,16 @@ class _Builder:
     def __init__(self, device: str, cache: VerdictCache) -> None:
         self._device = device
         self._cache = cache
+        self._engines: dict[str, Backend] = {}
 
     def build(self, spec: JudgeSpec, field: str) -> Judge:
         """One judge."""
+        if isinstance(spec, EnsembleSpec):
+            members = [
+                self.build(member, f"{field}.members[{index}]")
+                for index, member in enumerate(spec.members)
+            ]
+            return Ensemble.of(spec, field, members)
         if isinstance(spec, VerifierSpec):
             return Verifier.of(spec, field)
         if isinstance(spec, RecordedSpec):
@@ -72,8 +81,11 @@ class _Builder:
             return OpenAiBackend(spec, field), lambda: "served by others"
         from rollout.judges.backends.vllm import VllmBackend
 
-        backend = VllmBackend(spec, field, self._device)
-        return backend, lambda: weights_of(spec.model, spec.revision)
+        # Wordings of one model share its engine.
+        held = key_of(spec.model, spec.revision, spec.engine.model_dump(mode="json"))
+        if held not in self._engines:
+            self._engines[held] = VllmBackend(spec, field, self._device)
+        return self._engines[held], lambda: weights_of(spec.model, spec.revision)
 
 
 def planned_calls(config: RunConfig, train: int, gate: int, final: int) -> list[str]:
@@ -88,9 +100,7 @@ def planned_calls(config: RunConfig, train: int, gate: int, final: int) -> list[
     rounds = config.rounds.count
     lines = []
     for judges, trains in ((config.judges.panel, True), (config.judges.audit, False)):
-        for spec in judges:
-            if not isinstance(spec, LlmSpec):
-                continue
+        for spec in _asking(judges):
             training = calls(spec, k) * min(per_round, train) if trains else 0
             evaluation = calls(spec, held_out) * gate + calls(spec, 1) * greedy
             claim = 2 * calls(spec, held_out) * final
@@ -103,6 +113,15 @@ def planned_calls(config: RunConfig, train: int, gate: int, final: int) -> list[
                 + (f"; budget {limit}, which may not do" if limit and limit < most else "")
             )
     return lines
+
+
+def _asking(specs: Sequence[JudgeSpec]) -> Iterator[LlmSpec]:
+    """Those that make calls, members of ensembles among them."""
+    for spec in specs:
+        if isinstance(spec, EnsembleSpec):
+            yield from _asking(spec.members)
+        elif isinstance(spec, LlmSpec):
+            yield spec
 
 
 def suspicious(scores: pl.DataFrame) -> list[str]:
