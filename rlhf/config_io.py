@@ -164,7 +164,7 @@ def _explain(detail: ErrorDetails, root: Node) -> str:
     """One line for one pydantic error: field, rule, value found, place, remedy."""
     known, annotation, info = locate(detail["loc"])
     if detail["type"].startswith("union_tag") and isinstance(root.at(known).value, dict):
-        annotation = Literal[kinds(annotation)]  # type: ignore[valid-type]
+        annotation = Literal[kinds(annotation)]
         known = (*known, "kind")
     node = root.at(known)
     if detail["type"] == "extra_forbidden":
