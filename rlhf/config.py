@@ -374,6 +374,17 @@ class RunConfig(Section):
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
+    def _no_secrets(self) -> RunConfig:
+        """The config is dumped, hashed and told to trackers."""
+        for name, text in _texts(self.model_dump()):
+            if (found := secret_in(text)) is not None:
+                raise ValueError(
+                    f"{name} must hold no secret, but it holds {found}; leave it out here and set "
+                    "it in the environment (HF_TOKEN, WANDB_API_KEY and the like)"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _dimensions_known(self) -> RunConfig:
         scored = self.judges.dimensions
         for field, names in (
@@ -399,17 +410,6 @@ class RunConfig(Section):
                 f"selection.weights must be given: judges score {list(scored)}, "
                 "none of which has a standard weight"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _no_secrets(self) -> RunConfig:
-        """The config is dumped, hashed and told to trackers."""
-        for name, text in _texts(self.model_dump()):
-            if (found := secret_in(text)) is not None:
-                raise ValueError(
-                    f"{name} must hold no secret, but it holds {found}; leave it out here and set "
-                    "it in the environment (HF_TOKEN, WANDB_API_KEY and the like)"
-                )
         return self
 
     @model_validator(mode="after")

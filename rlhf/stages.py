@@ -212,9 +212,8 @@ class Stages:
             )
         if warning := check_inversion(analysis, self.config.selection.on_inversion):
             self.parts.reporter.say(f"{_title(round)} warning: {warning}")
-        assert round.index is not None
         self.parts.trackers.table(
-            round.index, "pairs", lambda: pair_rows(pairs, self.config.tracking.samples)
+            index, "pairs", lambda: pair_rows(pairs, self.config.tracking.samples)
         )
         return pairs
 
