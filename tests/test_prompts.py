@@ -426,7 +426,9 @@ def test_rounds_of_equal_size_use_every_prompt_equally_often() -> None:
 
 def test_the_prompt_table_shows_the_whole_conversation() -> None:
     prompt = Prompt(
-        "p", ({"role": "system", "content": "Rules."}, {"role": "user", "content": "When?"})
+        "p",
+        ({"role": "system", "content": "Rules."}, {"role": "user", "content": "When?"}),
+        reference="On Monday.",
     )
     table = prompt_table([prompt])
     assert table.to_dicts() == [
@@ -435,6 +437,8 @@ def test_the_prompt_table_shows_the_whole_conversation() -> None:
             "category": "all",
             "cluster": "p",
             "prompt": "system: Rules.\n\nuser: When?",
+            "context": None,
+            "reference": "On Monday.",
         }
     ]
     assert prompt_table([]).schema == table.schema
