@@ -189,7 +189,7 @@ def list_presets() -> int:
     return _print(listing())
 
 
-app.command("launch.pairs:app", name="pairs")
+app.command("launch.pairs:app", name="pairs", help="Look at preference files, clean and convert.")
 app.command("launch.judge:app", name="judge", help="Say what judges are worth.")
 
 
