@@ -18,6 +18,7 @@ from launch.cli import main
 from rlhf.errors import InputError
 from rlhf.files import sha256_tree, write_parquet
 from rlhf.report import data, render, visible, write_report
+from rlhf.report.answers import mark_pairs
 from rlhf.report.prompts import EXTREMES, browser
 from rlhf.rounds import RunStore
 from rlhf.run_view import RunView
@@ -457,3 +458,25 @@ def test_what_is_no_run_is_refused(
     (tmp_path / "run/config.json").write_text('{"modle": {}}')
     with pytest.raises(InputError, match="must be a config of this version"):
         RunView(tmp_path / "run")
+
+
+def test_an_answer_of_several_pairs_says_so() -> None:
+    def pair(chosen: int, rejected: int, margin: float, style: float) -> dict[str, Any]:
+        return {
+            "margin": margin,
+            "chosen_sample": chosen,
+            "rejected_sample": rejected,
+            "scores_chosen": {"correctness": 1.0, "style": style},
+            "scores_rejected": {"correctness": 0.0, "style": 0.5},
+        }
+
+    answers: list[dict[str, Any]] = [{"sample": sample} for sample in range(4)]
+    told = mark_pairs(answers, [pair(0, 2, 0.6, 0.5), pair(0, 1, 0.4, 0.25), pair(1, 2, 0.2, 1.0)])
+    assert told == {"pairs": 3, "margin": 0.6, "inverted": ["style"]}
+    assert [(a.get("chosen"), a.get("rejected")) for a in answers] == [
+        (2, None),
+        (1, 1),
+        (None, 2),
+        (None, None),
+    ]
+    assert mark_pairs(answers, []) == {}

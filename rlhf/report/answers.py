@@ -88,7 +88,8 @@ def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def pairs_of(round: RoundView, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+def pairs_of(round: RoundView, ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Prompt id -> its pairs, the largest margin first."""
     table = round.table("pairs")
     if table is None:
         return {}
@@ -96,20 +97,28 @@ def pairs_of(round: RoundView, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         "prompt_id", "margin", "chosen_sample", "rejected_sample", "scores_chosen",
         "scores_rejected",
     )  # fmt: skip
-    return {row["prompt_id"]: row for row in rows.collect().iter_rows(named=True)}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows.collect().sort("margin", descending=True).iter_rows(named=True):
+        found.setdefault(row["prompt_id"], []).append(row)
+    return found
 
 
-def mark_pair(answers: list[dict[str, Any]], pair: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Marks the chosen and the rejected answer; the pair's margin and inverted dimensions."""
-    if pair is None:
+def mark_pairs(answers: list[dict[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Tells each answer in how many pairs it was chosen and rejected; returns the number of pairs,
+    the largest margin and the dimensions that some pair inverts."""
+    if not pairs:
         return {}
     for answer in answers:
         for role in ("chosen", "rejected"):
-            if answer["sample"] == pair[f"{role}_sample"]:
-                answer["role"] = role
-    chosen, rejected = pair["scores_chosen"], pair["scores_rejected"]
-    inverted = [d for d in chosen if round(chosen[d] - rejected[d], _DECIMALS) < 0]
-    return {"margin": short(pair["margin"]), "inverted": inverted}
+            if times := sum(answer["sample"] == pair[f"{role}_sample"] for pair in pairs):
+                answer[role] = times
+    inverted = {
+        dimension: None
+        for pair in pairs
+        for dimension, value in pair["scores_chosen"].items()
+        if round(value - pair["scores_rejected"][dimension], _DECIMALS) < 0
+    }
+    return {"pairs": len(pairs), "margin": short(pairs[0]["margin"]), "inverted": [*inverted]}
 
 
 def dimension_keys(run: RunView) -> list[str]:

@@ -21,7 +21,7 @@ from rlhf.report.answers import (
     dimension_keys,
     drawn,
     encoded,
-    mark_pair,
+    mark_pairs,
     pairs_of,
     short,
     shortened,
@@ -278,7 +278,7 @@ def _entries(run: RunView, source: _Source, rows: pl.DataFrame) -> Iterator[dict
             ]
         else:
             answers = groups[0][2].get(key, [])
-            entry |= mark_pair(answers, pairs.get(key))
+            entry |= mark_pairs(answers, pairs.get(key, []))
             entry["groups"] = [{"title": "", "answers": answers, "greedy": []}]
         yield entry
 

@@ -77,14 +77,17 @@
 
   const answer = (found) => {
     const head = make("div", "head");
-    if (found.role) head.append(make("span", `tag ${found.role === "chosen" ? "good" : "bad"}`,
-      found.role === "chosen" ? "▲ chosen" : "▼ rejected"));
+    for (const [role, sign, tone] of [["chosen", "▲", "good"], ["rejected", "▼", "bad"]]) {
+      if (!found[role]) continue;
+      const times = found[role] > 1 ? ` in ${found[role]} pairs` : "";
+      head.append(make("span", `tag ${tone}`, `${sign} ${role}${times}`));
+    }
     head.append(make("span", "", found.reward === undefined ? "no reward" : `reward ${found.reward.toFixed(3)}`),
       make("span", "", `${found.tokens} tokens${found.cut ? ", cut off" : ""}`),
       make("span", "", `sample ${found.sample}`));
-    const box = make("div", `answer ${found.role ?? ""}`, head, text(found.text), marks(found));
+    const box = make("div", `answer ${found.chosen ? "chosen" : found.rejected ? "rejected" : ""}`, head, text(found.text), marks(found));
     for (const reason of found.reasons ?? []) box.append(text(reason, "why"));
-    if (found.against && found.role !== "chosen") {
+    if (found.against && !found.chosen) {
       box.append(make("p", "why", `could not be chosen: ${found.against.join("; ")}`));
     }
     return box;
@@ -129,7 +132,10 @@
       return make("span", `value ${className}`,
         `${entry.change < 0 ? "▼ " : entry.change > 0 ? "▲ " : ""}${signed(entry.change)}`);
     }
-    if (entry.margin !== undefined) return make("span", "value", `margin ${entry.margin.toFixed(3)}`);
+    if (entry.margin !== undefined) {
+      const others = entry.pairs > 1 ? `${entry.pairs} pairs, margin up to` : "margin";
+      return make("span", "value", `${others} ${entry.margin.toFixed(3)}`);
+    }
     return make("span", "value", entry.split === "gate" ? "" : "no pair");
   };
   const card = (entry) => {
