@@ -51,7 +51,8 @@ class Judging:
         """
         self._say = say
         make_folder(folder)
-        self._cache.open(folder / FILE if self._cache_path is None else Path(self._cache_path))
+        if self._models:
+            self._cache.open(folder / FILE if self._cache_path is None else Path(self._cache_path))
         held = {"standings": [_entry(standing) for standing in self._standings]}
         write_json(folder / STANDINGS, held)
         for standing in self.uncertified:
