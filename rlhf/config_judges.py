@@ -40,7 +40,7 @@ class VerifierSpec(_Judge):
 
 
 class Engine(Section):
-    """A judge's own vLLM engine, in this process."""
+    """A judge's own model in this process: a vLLM engine, or a reward model in Transformers."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """fp16 for GPUs older than Ampere, such as a T4."""

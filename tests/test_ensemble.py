@@ -21,6 +21,7 @@ from rlhf.errors import InputError
 from rlhf.protocols import ModelJudge
 from rlhf.types import Completion, Prompt, Score, scores_table
 from rollout.judges.ensemble import Ensemble
+from rollout.judges.llm import LlmJudge
 from rollout.judges.panel import build, planned_calls, score_all, suspicious
 from rollout.judges.rubric import PACKAGED
 
@@ -172,6 +173,19 @@ def test_another_model_mode_or_wording_is_a_vote(
     changed = difference or {"rubrics": _reworded(tmp_path, question="Does it read well?")}
     (built,) = build([spec(members=[_llm("one"), _llm("two", **changed)])], "judges.panel")
     assert isinstance(built, Ensemble) and built._differences() == [told]
+
+
+def test_wordings_of_one_model_share_its_engine(tmp_path: Path) -> None:
+    members = [
+        _llm("one", backend="vllm"),
+        _llm("two", backend="vllm", rubrics=_reworded(tmp_path, question="Does it read well?")),
+        _llm("three", backend="vllm", model="org/other"),
+    ]
+    (built,) = build([spec(members=members)], "judges.panel")
+    assert isinstance(built, Ensemble)
+    inner: Any = [member.backend for member in built.members if isinstance(member, LlmJudge)]
+    one, two, three = (backend._inner for backend in inner)
+    assert one is two and two is not three
 
 
 def test_the_same_verdicts_twice_are_one_vote() -> None:

@@ -21,6 +21,7 @@ from rollout.judges.fence import harmless
 Rows = Sequence[Sequence[int]]
 """Token ids, one row a text."""
 
+_TOKENS_AT_ONCE = 16_384
 _SMALLEST_VOCABULARY = 0.9
 """Embeddings are padded by a few per cent; a tokenizer much smaller belongs to another model."""
 
@@ -193,10 +194,10 @@ class TransformersEngine:
         self._model.to(self._device)
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found: dict[int, tuple[float, ...]] = {}
-        size = self._spec.engine.max_concurrency
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            width = len(rows[batch[0]])
+        while order:
+            width = len(rows[order[0]])
+            size = min(self._spec.engine.max_concurrency, max(1, _TOKENS_AT_ONCE // width))
+            batch, order = order[:size], order[size:]
             padded = [[*rows[i], *[self._pad_id] * (width - len(rows[i]))] for i in batch]
             mask = [[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in batch]
             with torch.inference_mode():

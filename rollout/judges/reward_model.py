@@ -128,9 +128,9 @@ class RewardModelJudge:
 
     @cached_property
     def weights(self) -> str | None:
-        """What tells these weights from others: the revision asked for, else the SHA-256 of a local
-        folder's weights; None for a hub id without revision, which may change."""
-        if self.spec.revision is not None or folder_of(self.spec.model) is None:
+        """What tells these weights from others: the SHA-256 of a local folder's, a hub id's
+        revision; None for a hub id without one, which may change."""
+        if folder_of(self.spec.model) is None:
             return self.spec.revision
         return weights_of(self.spec.model, None)
 
@@ -245,7 +245,8 @@ class RewardModelJudge:
     def _asked(self) -> tuple[str | None, ...]:
         """What a raw score depends on beside the text; the weights come last."""
         spec = self.spec
-        weights = weights_of(spec.model, spec.revision)
+        local = folder_of(spec.model) is not None
+        weights = self.weights if local else weights_of(spec.model, spec.revision)
         return (self.name, spec.backend, spec.model, spec.engine.precision, weights)
 
     def _preflight(self, probes: Sequence[Sequence[int]]) -> list[str]:
