@@ -80,6 +80,7 @@ def estimated(case: Case, gives_back: bool = True) -> int:
     """What `launch.learner_memory` says of the case while it trains, in bytes."""
     from launch import architectures
     from launch.learner_memory import Learning
+    from launch.memory import ASSUMED
 
     held = Learning(
         architectures.find(MODEL),
@@ -90,7 +91,7 @@ def estimated(case: Case, gives_back: bool = True) -> int:
         case.checkpointing,
         on_gpu=False,
     )
-    fixed = held.base + 2 * 4 * held.adapter + 12 * held.trained
+    fixed = ASSUMED.policy + held.base + 2 * 4 * held.adapter + 12 * held.trained
     passing = max(held.casts + held.activations + held.turn, held.step)
     return fixed + passing + (0 if gives_back else held.blocks)
 

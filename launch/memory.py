@@ -37,7 +37,9 @@ class Overheads:
     """What neither config nor architecture says, in bytes."""
 
     process: int
-    """Python, torch, Transformers and PEFT in memory, nothing loaded yet."""
+    """Python, torch, Transformers and PEFT, nothing loaded yet."""
+    policy: int
+    """A loaded policy's tokenizer and modules, and what libraries keep for themselves."""
     vllm: int
     """vLLM's modules on top."""
     cuda_process: int
@@ -49,7 +51,8 @@ class Overheads:
 
 
 ASSUMED = Overheads(
-    process=round(0.7 * GIB),
+    process=round(0.65 * GIB),
+    policy=round(0.08 * GIB),
     vllm=round(0.3 * GIB),
     cuda_process=round(2.5 * GIB),
     context=round(0.75 * GIB),
@@ -128,10 +131,10 @@ def estimate(
 
 def _process(plan: Plan) -> Iterable[Part]:
     cuda, vllm = plan.device == "cuda", plan.engine == "vllm"
-    size = ASSUMED.process + vllm * ASSUMED.vllm + cuda * ASSUMED.cuda_process
+    size = ASSUMED.process + ASSUMED.policy + vllm * ASSUMED.vllm + cuda * ASSUMED.cuda_process
     said = "Python, torch, Transformers" + (", vLLM" if vllm else "") + (", CUDA" if cuda else "")
     told = "assumed" if cuda else "measured"
-    yield Part("framework", "process", size, f"{said}, once imported; {told}", PHASES, True)
+    yield Part("framework", "process", size, f"{said}; {told}", PHASES, True)
     if cuda:
         yield Part("framework", "CUDA context", ASSUMED.context, "assumed", PHASES, False)
 
