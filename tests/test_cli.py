@@ -349,6 +349,9 @@ def test_a_package_that_shadows_ours_is_named(tmp_path: Path, name: str, package
 
 
 def test_our_own_packages_shadow_nothing() -> None:
+    assert [shadow._location(name) for name in shadow.PACKAGES] == [
+        ROOT / name for name in shadow.PACKAGES
+    ]
     shadow.check()
 
 
@@ -372,7 +375,12 @@ def test_a_file_that_another_distribution_wrote_over_is_named(
         shadow._unchanged(tmp_path)
 
 
-def test_files_as_installed_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_as_installed_pass_until_one_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed(tmp_path, body=b"ours = 1\n", recorded=b"ours = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     shadow._unchanged(tmp_path)
+    (tmp_path / "rlhf" / "__init__.py").write_bytes(b"ours = 2\n")
+    with pytest.raises(shadow.ShadowError, match="is not the file that pairloop installed"):
+        shadow._unchanged(tmp_path)
