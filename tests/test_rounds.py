@@ -255,11 +255,11 @@ import os, signal, sys
 from rlhf.config import RunConfig
 from rlhf.rounds import RunStore
 store = RunStore.open(RunConfig.model_validate_json(os.environ["CONFIG"]))
-worker = os.fork()
-if worker == 0:
+if os.fork() == 0:
     signal.alarm(30)
+    # Written by the worker itself: it runs, so what a fork does first is done.
+    print(os.getpid(), flush=True)
     signal.pause()
-print(worker, flush=True)
 sys.stdin.read()
 """
 
