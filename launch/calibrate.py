@@ -14,9 +14,10 @@ from rich.table import Table
 from rlhf import config_io
 from rlhf.calibration import Finding, Use, calibrate
 from rlhf.certificates import JudgeIdentity, write_certificate
-from rlhf.config import STANDARD_FLOORS, RunConfig, Selection
+from rlhf.config import RunConfig
 from rlhf.config_calibration import Calibration
 from rlhf.config_judges import VerifierSpec
+from rlhf.config_selection import STANDARD_FLOORS, Selection
 from rlhf.errors import InputError
 from rlhf.files import finite_or_null, sha256_file
 from rlhf.judgements import read_both

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from launch.architectures import Architecture
-from rlhf.config import Model
+from rlhf.config_learner import Model
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)

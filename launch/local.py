@@ -25,7 +25,8 @@ from rollout.judges.panel import planned_calls
 from rollout.prompts import Pools, load_pools, prompt_table, sample_round
 
 if TYPE_CHECKING:
-    from rlhf.stages import Outcome, Parts
+    from rlhf.stage_base import Parts
+    from rlhf.stages import Outcome
 
 
 def train(config: RunConfig) -> int:
@@ -113,7 +114,7 @@ def _wired(
     """The parts of a run; frees generator and judges at the end."""
     from rlhf.learner import Learner
     from rlhf.policy import Policy, load_tokenizer, materialise, prompt_encoder
-    from rlhf.stages import Parts
+    from rlhf.stage_base import Parts
     from rollout.weight_sync import Serving
 
     hush_transformers()

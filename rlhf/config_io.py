@@ -21,14 +21,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from rlhf.config import (
-    STANDARD_FLOORS,
-    STANDARD_PROTECTED,
-    STANDARD_WEIGHTS,
-    RunConfig,
-)
+from rlhf.config import RunConfig
 from rlhf.config_base import Section
 from rlhf.config_help import alternatives, kinds, locate, rule, suggest
+from rlhf.config_selection import STANDARD_FLOORS, STANDARD_PROTECTED, STANDARD_WEIGHTS
 from rlhf.config_yaml import INTEGER, NUMBER, KeyPath, Node, Reader, dotted, read_file, show
 from rlhf.errors import InputError
 from rlhf.redaction import names_secret

@@ -14,7 +14,8 @@ from __future__ import annotations
 from rlhf.config import RunConfig
 from rlhf.errors import InputError
 from rlhf.rounds import RunStore
-from rlhf.stages import Outcome, Parts, Stages
+from rlhf.stage_base import Parts
+from rlhf.stages import Outcome, Stages
 from rlhf.summary import round_rows
 
 

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.config import Model
+from rlhf.config_learner import Model
 from rlhf.errors import InputError
 from rlhf.files import atomic_folder
 from rlhf.types import Message

@@ -23,7 +23,7 @@ from rlhf.candidates import (
     reward_expression,
     score_wide,
 )
-from rlhf.config import ColdStart
+from rlhf.config_selection import ColdStart
 from rlhf.errors import DataGateError
 from rlhf.funnel import (
     Constraints,

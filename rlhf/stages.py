@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -13,44 +11,17 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import polars as pl
 
-from rlhf.config import RunConfig
 from rlhf.errors import DataGateError
 from rlhf.evaluation import compare, per_prompt, summarise
 from rlhf.gates import decide, drift_gate, judge_gates
-from rlhf.interrupts import Interrupts
-from rlhf.learner import Learner
-from rlhf.metrics import Metrics
-from rlhf.protocols import Reporter, Sampling, Serving
-from rlhf.rounds import Round, RunStore
-from rlhf.selection import Rules, check_cold_start, cold_start, select_pairs
+from rlhf.protocols import Sampling
+from rlhf.rounds import Round
+from rlhf.selection import check_cold_start, cold_start, select_pairs
+from rlhf.stage_base import StageBase, title
 from rlhf.summary import model_card, write_summary
-from rlhf.tracking import Trackers, answer_rows, pair_rows
-from rlhf.types import Completion, Prompt, completions_of, completions_table
+from rlhf.tracking import answer_rows, pair_rows
+from rlhf.types import Prompt, completions_of
 from rlhf.yield_analysis import Draw, analyse, check_inversion, said
-
-Items = Sequence[tuple[Prompt, Completion]]
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What the loop is wired to; `launch` builds it."""
-
-    serving: Serving
-    learner: Learner
-    sample: Callable[[int], list[Prompt]]
-    """Training prompts of a round (from 1)."""
-    gate: Sequence[Prompt]
-    final: Sequence[Prompt]
-    score: Callable[[Items, bool], pl.DataFrame]
-    """Scores of the panel; with True, of the audit judges too."""
-    check_scores: Callable[[pl.DataFrame], None]
-    """Raises DataGateError where judges abstained too often."""
-    prompt_table: Callable[[Sequence[Prompt]], pl.DataFrame]
-    counts: Mapping[str, Mapping[str, int]]
-    """What became of the prompts that were read, per split."""
-    reporter: Reporter
-    trackers: Trackers
-    interrupts: Interrupts
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,102 +34,8 @@ class Outcome:
     promoted: tuple[int, ...]
 
 
-class Stages:
+class Stages(StageBase):
     """The loop's stages, each done once and timed."""
-
-    def __init__(self, config: RunConfig, store: RunStore, parts: Parts) -> None:
-        self.config = config
-        self.store = store
-        self.parts = parts
-        self.rules = Rules.of(config)
-        self._last_ended = time.perf_counter()
-        self.metrics = Metrics(store.folder / "metrics.jsonl", self._tell)
-        self._noted: set[str] = set()
-        parts.trackers.replay(self.metrics.read())
-
-    def generate(
-        self,
-        round: Round,
-        name: str,
-        prompts: Sequence[Prompt],
-        version: int,
-        sampling: Sampling | None = None,
-    ) -> pl.DataFrame:
-        """Completions of `prompts` from policy `version`, shard by shard."""
-        base = sampling or self._sampling(self.config.rollout.samples_per_prompt)
-        shards = self._shards(prompts)
-
-        def compute(shard: int) -> pl.DataFrame:
-            generator = self.parts.serving.at(version, self.policy(version))
-            # Every shard has a seed of its own, so that a resumed run draws what a whole one does.
-            seed = np.random.SeedSequence((base.seed, version, _stage_key(name), shard))
-            drawn = generator.generate(
-                shards[shard],
-                Sampling(
-                    base.samples,
-                    base.temperature,
-                    base.top_p,
-                    base.max_new_tokens,
-                    int(seed.generate_state(1)[0]) % 2**31,
-                ),
-            )
-            _check_drawn(shards[shard], drawn, base.samples, version)
-            advance(shard + 1)
-            return completions_table(drawn)
-
-        with (
-            self._timed(round, name) as note,
-            self.parts.reporter.progress(f"{_title(round)} {name}", len(shards)) as advance,
-        ):
-            table = round.shards(name, len(shards), compute, self.parts.interrupts.check)
-            note["completions"] = table.height
-            note["tokens"] = int(table["token_ids"].list.len().sum())
-        return table
-
-    def score(
-        self,
-        round: Round,
-        name: str,
-        prompts: Sequence[Prompt],
-        completions: pl.DataFrame,
-        audit: bool,
-    ) -> pl.DataFrame:
-        """Scores of completions, shard by shard. Raises DataGateError on too many abstentions."""
-        table = self._scored(round, name, prompts, completions, audit)
-        try:
-            self.parts.check_scores(table)
-        except DataGateError:
-            # Once the judge is mended, the same command scores these answers again.
-            round.drop(name)
-            raise
-        return table
-
-    def _scored(
-        self,
-        round: Round,
-        name: str,
-        prompts: Sequence[Prompt],
-        completions: pl.DataFrame,
-        audit: bool,
-    ) -> pl.DataFrame:
-        shards = self._shards(prompts)
-
-        def compute(shard: int) -> pl.DataFrame:
-            known = {p.prompt_id: p for p in shards[shard]}
-            part = completions_of(completions.filter(pl.col("prompt_id").is_in(list(known))))
-            scores = self.parts.score([(known[c.prompt_id], c) for c in part], audit)
-            advance(shard + 1)
-            return scores
-
-        with (
-            self._timed(round, name),
-            self.parts.reporter.progress(f"{_title(round)} {name}", len(shards)) as advance,
-        ):
-            return round.shards(name, len(shards), compute, self.parts.interrupts.check)
-
-    def keep(self, round: Round, prompts: Sequence[Prompt]) -> None:
-        """The prompts that a round's own completions answer, as a table for whoever reads them."""
-        round.table("prompts", lambda: self.parts.prompt_table(prompts))
 
     def check_cold_start(
         self, round: Round, completions: pl.DataFrame, scores: pl.DataFrame
@@ -190,28 +67,28 @@ class Stages:
             draw = Draw(index, self.config.evaluation.bootstrap)
             return analyse(completions, scores, about, pairs, self.rules, draw)
 
-        with self._timed(round, "pairs") as note:
+        with self.timed(round, "pairs") as note:
             funnel = round.record("funnel", lambda: selected().funnel)
             pairs = round.table("pairs", lambda: selected().pairs)
             analysis = round.record("selection", analysed)
             note["pairs"] = pairs.height
         kept = funnel["yield"]
         self.parts.reporter.say(
-            f"{_title(round)} pairs: {pairs.height} of {len(prompts)} prompts "
+            f"{title(round)} pairs: {pairs.height} of {len(prompts)} prompts "
             f"(best and worst, then filter, would keep {kept['best_and_worst_then_filter']} of "
             f"{kept['largest_admissible']})"
         )
         for line in said(funnel, analysis):
-            self.parts.reporter.say(f"{_title(round)} {line}")
+            self.parts.reporter.say(f"{title(round)} {line}")
         if pairs.is_empty():
             lost = max(funnel["steps"], key=lambda s: s["lost_prompts"])
             raise DataGateError(
-                f"{_title(round)}: no pair is left of {len(prompts)} prompts; most fell at "
+                f"{title(round)}: no pair is left of {len(prompts)} prompts; most fell at "
                 f"{lost['step']} ({lost['lost_prompts']} prompts: {lost['why']}). "
                 f"The whole funnel is in {round.path / 'funnel.json'}"
             )
         if warning := check_inversion(analysis, self.config.selection.on_inversion):
-            self.parts.reporter.say(f"{_title(round)} warning: {warning}")
+            self.parts.reporter.say(f"{title(round)} warning: {warning}")
         self.parts.trackers.table(
             index, "pairs", lambda: pair_rows(pairs, self.config.tracking.samples)
         )
@@ -228,7 +105,7 @@ class Stages:
             return
         self.parts.serving.sleep()
         learner.policy.restore(before)
-        with self._timed(round, "reference_logps"):
+        with self.timed(round, "reference_logps"):
             reference = round.table("reference_logps", lambda: learner.reference_logps(pairs))
         planned = learner.plan(pairs.height)
         logged = False
@@ -255,8 +132,8 @@ class Stages:
             learner.policy.save(folder, model_card(self.config, index, pairs))
 
         with (
-            self._timed(round, "training", "policy") as note,
-            self.parts.reporter.progress(f"{_title(round)} train", planned) as advance,
+            self.timed(round, "training", "policy") as note,
+            self.parts.reporter.progress(f"{title(round)} train", planned) as advance,
         ):
             round.folder("policy", compute)
             round.drop("trainer")
@@ -270,7 +147,7 @@ class Stages:
             prompts = self.parts.gate[: self.config.evaluation.kl_prompts]
             fresh = Sampling(1, 1.0, 1.0, self.config.rollout.max_new_tokens, self.config.run.seed)
             drawn = self.generate(round, "evaluation/fresh", prompts, version, fresh)
-            with self._timed(round, "kl"):
+            with self.timed(round, "kl"):
                 round.record("kl", lambda: self._kl(drawn, version))
         found = round.record("evaluation", lambda: self._evaluation(round, version))
         values = {name: score["value"] for name, score in found["scores"].items()}
@@ -342,26 +219,10 @@ class Stages:
         write_summary(self.store, self.config)
         write_report(self.store.folder)
 
-    def policy(self, version: int) -> Path | None:
-        """Where a version is stored; None for the start."""
-        return None if version == 0 else self.store.round(version).path / "policy"
-
-    def _tell(self, round: int | None, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Show and track a line of metrics.jsonl, and note there which trackers that cost."""
-        if stage in ("train", "held_out"):
-            shown = {k: v for k, v in values.items() if isinstance(v, float)}
-            self.parts.reporter.metrics(f"round {round} {stage}", shown)
-        self.parts.trackers.log(round, stage, step, values)
-        for name in sorted(self.parts.trackers.lost.keys() - self._noted):
-            self._noted.add(name)
-            lines = [line for line in self.metrics.read() if line["stage"] == "lost_tracker"]
-            why = {"tracker": name, "reason": self.parts.trackers.lost[name]}
-            self.metrics.log(round, "lost_tracker", len(lines) + 1, why)
-
     def _score_held_out(
         self, round: Round, name: str, prompts: Sequence[Prompt], version: int
     ) -> pl.DataFrame:
-        sampling = self._sampling(self.config.evaluation.samples_per_prompt)
+        sampling = self.sampling(self.config.evaluation.samples_per_prompt)
         drawn = self.generate(round, f"{name}/completions", prompts, version, sampling)
         scores = self.score(round, f"{name}/scores", prompts, drawn, audit=True)
         audit = [judge.name for judge in self.config.judges.audit]
@@ -377,7 +238,7 @@ class Stages:
             greedy = Sampling(1, 0.0, 1.0, rollout.max_new_tokens, seed)
             drawn = self.generate(round, "greedy/completions", prompts, version, greedy)
             # For reading only, so abstentions stop nothing here.
-            self._scored(round, "greedy/scores", prompts, drawn, audit=True)
+            self.scored(round, "greedy/scores", prompts, drawn, audit=True)
             if version > 0:
                 shown = prompts[: self.config.tracking.samples]
                 self.parts.trackers.table(
@@ -387,7 +248,7 @@ class Stages:
     def _start_greedy(self) -> pl.DataFrame:
         """What the start answered, as it is stored."""
         prompts = self.parts.gate[: self.config.evaluation.greedy_prompts]
-        count = len(self._shards(prompts))
+        count = len(self.shards(prompts))
         return self.store.round(0).shards("greedy/completions", count, _unreachable)
 
     def _evaluation(self, round: Round, version: int) -> dict[str, Any]:
@@ -431,62 +292,9 @@ class Stages:
         scores = self.store.round(index).stored("evaluation")["scores"]
         return float(scores["reward"]["value"])
 
-    def _shards(self, prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
-        size = self.config.rollout.shard_prompts
-        return [prompts[start : start + size] for start in range(0, len(prompts), size)]
-
-    def _sampling(self, samples: int) -> Sampling:
-        rollout = self.config.rollout
-        return Sampling(
-            samples,
-            rollout.temperature,
-            rollout.top_p,
-            rollout.max_new_tokens,
-            self.config.run.seed,
-        )
-
     @property
     def _draws(self) -> tuple[int, int]:
         return self.config.evaluation.bootstrap, self.config.run.seed
-
-    @contextmanager
-    def _timed(
-        self, round: Round, name: str, artifact: str | None = None
-    ) -> Iterator[dict[str, Any]]:
-        """Log a stage's seconds, unless what it makes (`artifact`, else `name`) was stored.
-
-        `loop_seconds` are those since the last stage ended, or the loop began, in this process:
-        what storing, hashing and reporting take, whoever was killed before.
-        """
-        note: dict[str, Any] = {}
-        stored = round.done(artifact or name)
-        if not stored:
-            self.parts.reporter.stage(f"{_title(round)} {name}")
-        started = time.perf_counter()
-        yield note
-        if not stored:
-            ended = time.perf_counter()
-            times = {"seconds": ended - started, "loop_seconds": started - self._last_ended}
-            self._last_ended = ended
-            self.metrics.rewind(round.index, name)
-            self.metrics.log(round.index, name, 1, {**times, **note})
-
-
-def _check_drawn(
-    prompts: Sequence[Prompt], drawn: Sequence[Completion], samples: int, version: int
-) -> None:
-    """A generator answers each prompt, in order, from the version that was asked for."""
-    expected = [(p.prompt_id, s, version) for p in prompts for s in range(samples)]
-    found = [(c.prompt_id, c.sample, c.policy_version) for c in drawn]
-    assert found == expected, "the generator answered other prompts, samples or versions"
-
-
-def _stage_key(name: str) -> int:
-    return int.from_bytes(name.encode()[-8:], "big")
-
-
-def _title(round: Round) -> str:
-    return "final" if round.index is None else f"round {round.index}"
 
 
 def _unreachable(_: Path | int) -> NoReturn:

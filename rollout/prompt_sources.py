@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import polars as pl
 
-from rlhf.config import Prompts, PromptSource
+from rlhf.config_rollout import Prompts, PromptSource
 from rlhf.errors import InputError
 from rlhf.types import Message, Prompt
 from rollout.imports import load_function

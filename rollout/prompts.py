@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import polars as pl
 
-from rlhf.config import Prompts, PromptSource
+from rlhf.config_rollout import Prompts, PromptSource
 from rlhf.errors import InputError
 from rlhf.types import Message, Prompt
 from rollout.prompt_sources import cut, digest, named, read_pool, squeezed

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.config import Lora, Model
+from rlhf.config_learner import Lora, Model
 from rlhf.policy import Policy, prompt_encoder
 from rlhf.protocols import Generator, Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt

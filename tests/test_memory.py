@@ -20,7 +20,8 @@ from launch.machines import GIB, parse
 from launch.memory import ASSUMED, PHASES, Estimate, Phase, estimate, learning
 from launch.placement import Plan, place_on
 from rlhf import config_io
-from rlhf.config import Model, RunConfig
+from rlhf.config import RunConfig
+from rlhf.config_learner import Model
 from rlhf.logprobs import collate, sequence_logps, token_logps
 from rlhf.policy import Policy
 

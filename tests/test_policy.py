@@ -15,7 +15,7 @@ import torch
 from small_models import save_small_model
 from torch import Tensor, nn
 
-from rlhf.config import Lora, Model
+from rlhf.config_learner import Lora, Model
 from rlhf.errors import InputError
 from rlhf.logprobs import collate, token_logps
 from rlhf.policy import (
@@ -170,7 +170,7 @@ def test_an_adapter_folder_names_its_bases_revision(tied: Path, tmp_path: Path) 
 SAVE = """
 import sys
 from pathlib import Path
-from rlhf.config import Model
+from rlhf.config_learner import Model
 from rlhf.policy import Policy
 base, folder = sys.argv[1:]
 Path(folder).mkdir()

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.config import Prompts
+from rlhf.config_rollout import Prompts
 from rlhf.errors import InputError
 from rlhf.types import Message, Prompt
 from rollout.imports import load_function, resolve_path

@@ -7,7 +7,7 @@ from textwrap import dedent
 
 import pytest
 
-from rlhf.config import STANDARD_WEIGHTS
+from rlhf.config_selection import STANDARD_WEIGHTS
 from rlhf.errors import InputError
 from rollout.judges.rubric import Rubric, load, packaged
 

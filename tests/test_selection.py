@@ -25,7 +25,8 @@ from scored_answers import (
 )
 
 from rlhf import pairing, selection
-from rlhf.config import ColdStart, RunConfig
+from rlhf.config import RunConfig
+from rlhf.config_selection import ColdStart
 from rlhf.errors import DataGateError
 from rlhf.selection import Rules, check_cold_start, cold_start, score_wide, select_pairs
 from rlhf.types import pairs_schema

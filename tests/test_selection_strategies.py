@@ -27,7 +27,7 @@ from scored_answers import (
 
 from rlhf import pairing, selection
 from rlhf.candidates import candidates_of
-from rlhf.config import Selection
+from rlhf.config_selection import Selection
 from rlhf.labels import labels_schema, select_labels
 from rlhf.selection import Rules, select_pairs
 

@@ -1,0 +1,89 @@
+"""What is trained, and how: the policy, the objective, the optimizer step."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rlhf.config_base import Section, Share
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021)."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the update; 16 on every linear layer matches full tuning on small preference sets."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale is alpha / rank; twice the rank is the usual start."""
+    dropout: Share = 0.0
+    """Off: with one epoch a round there is little to overfit, and log-probs stay exact."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Layers that get an adapter; all linear layers beat attention alone at equal size."""
+
+
+class Model(Section):
+    """The policy that is trained."""
+
+    path: str
+    """Hub id, local folder, or a .gguf file (converted once into the user cache).
+    `package:NAME/FILE` names a file inside an installed Python package."""
+    revision: str | None = None
+    """Hub revision; pin it, so that a rerun trains the same model."""
+    adapter: str | None = None
+    """A PEFT adapter folder to go on from; it is then also the initial reference."""
+    tuning: Literal["full", "lora", "qlora"] = "lora"
+    """`qlora` quantises the frozen base to NF4 with double quantisation (Dettmers et al. 2023)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Compute precision. fp16 (with loss scaling) for GPUs older than Ampere, such as a T4."""
+    lora: Lora = Lora()
+    attention: str = "sdpa"
+    """Attention implementation for the learner, as Transformers names it."""
+    trust_remote_code: bool = False
+    """Off: a model must not run code of its own; needs `revision` if switched on."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Model:
+        if self.trust_remote_code and self.revision is None:
+            raise ValueError("trust_remote_code needs model.revision, so that the code is pinned")
+        if self.adapter is not None and self.tuning == "full":
+            raise ValueError("model.adapter needs model.tuning lora or qlora")
+        return self
+
+
+class Objective(Section):
+    """What the pairs train."""
+
+    name: Literal["dpo"] = "dpo"
+    """`dpo`: Rafailov et al. 2023, equation 7."""
+    beta: Annotated[float, Field(gt=0)] = 0.2
+    """Strength of the leash to the reference; on-policy margins are small, so 0.1 drifts and 0.5
+    barely moves."""
+
+
+class Learner(Section):
+    """How the policy is trained on a round's pairs."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Default 5e-6 full, 1e-4 LoRA and QLoRA: an adapter starts from zero and is scaled by
+    alpha / rank, so it needs, and stands, some twenty times the rate that moves trained weights."""
+    epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over a round's pairs; fresh pairs come next round, so one is enough."""
+    batch_pairs: Annotated[int, Field(ge=1)] = 16
+    """Pairs per optimizer step, over all ranks."""
+    micro_batch_pairs: Annotated[int, Field(ge=1)] = 4
+    """Pairs per forward pass; changes memory and speed, never the step."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Decay of the learning rate within a round."""
+    warmup_share: Share = 0.1
+    """Share of a round's steps with rising learning rate: Adam's first estimates are poor."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this L2 norm."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """The leash to the reference already regularises."""
+    gradient_checkpointing: bool = False
+    """Trade a third more compute for activations; needed for 7B on 16 GB."""
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 10
+    """Optimizer steps between mid-round checkpoints."""
+    max_skipped_steps: Annotated[int, Field(ge=1)] = 5
+    """fp16: overflows in a row before the run stops."""
