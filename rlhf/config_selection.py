@@ -57,7 +57,8 @@ class Selection(Section):
     """With `min_margin: auto`, largest chance that noise alone put the worse answer first."""
     retest_sd: dict[str, Share] = Field(default_factory=dict)
     """Dimension -> standard deviation of a score when the same answer is judged again, where it
-    was measured. Default: from the spread of votes; verifiers have none."""
+    was measured. Default: the certificate's, else from the spread of votes, else from the round's
+    canaries; verifiers have none."""
     max_length_ratio: Annotated[float, Field(ge=1)] | None = None
     """Chosen may have at most this many times the tokens of rejected. Default: no cap."""
     length_penalty: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -42,7 +42,12 @@ class Rules:
     deterministic: Set[str] = frozenset()
     """Dimensions whose judge gives the same answer the same score every time: verifiers."""
     retest_sd: Mapping[str, float] = field(default_factory=dict)
-    """Dimension -> standard deviation of a score when the same answer is judged again."""
+    """Dimension -> standard deviation of a score when the same answer is judged again, as the
+    config gives it."""
+    certified_sd: Mapping[str, float] = field(default_factory=dict)
+    """The same, as certificates have it."""
+    canary_sd: Mapping[str, float] = field(default_factory=dict)
+    """The same, as the round's canaries showed it."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -296,11 +296,16 @@ def _noise_line(noise: Mapping[str, Any]) -> str:
     mean = "" if noise["mean_margin"] is None else f"mean margin {noise['mean_margin']:.3f}; "
     if unknown:
         return (
-            f"{mean}how much of it is noise is not known: {', '.join(unknown)} have one vote each "
-            "and no selection.retest_sd"
+            f"{mean}how much of it is noise is not known: {', '.join(unknown)} have one vote each, "
+            "no canaries and no selection.retest_sd"
         )
     if set(noise["sources"].values()) == {"verifier"}:
         return f"{mean}verifiers score without noise"
+    if noise["sd"] == 0:
+        return (
+            f"{mean}asked again, the judges say the same; errors that come again each time don't "
+            "show in that"
+        )
     if noise["margin_of_noise_alone"] is None or noise["inverted_share"] is None:
         return f"{mean}judge noise {noise['sd']:.3f}"
     return (
