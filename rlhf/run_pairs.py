@@ -174,22 +174,23 @@ def _told(drawn: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
     kept = scores.join(drawn.select("round", "prompt_id").unique(), on=["round", "prompt_id"])
     sides = [
         drawn.select("pair", "round", "prompt_id", sample=f"sample_{side}")
-        .join(kept, on=["round", *KEY])
+        .join(kept, on=["round", *KEY], maintain_order="left_right")
         .select("pair", *by_judge, pl.col("score", "spread").name.suffix(f"_{side}"))
         for side in ("x", "y")
     ]
-    both = sides[0].join(sides[1], on=["pair", *by_judge])
+    both = sides[0].join(sides[1], on=["pair", *by_judge], maintain_order="left")
     gap = (pl.col("score_x") - pl.col("score_y")).round(DECIMALS)
     noisy = pl.max_horizontal("spread_x", "spread_y") > gap.abs()
     missing = pl.col("score_x").is_null() | pl.col("score_y").is_null()
     told = both.group_by("pair").agg(
-        # Means of a pair's scores are added in an order of their own.
-        mean=pl.concat_list("score_x", "score_y").list.explode().sort().mean(),
+        mean=(pl.col("score_x").sum() + pl.col("score_y").sum())
+        / (pl.col("score_x").count() + pl.col("score_y").count()),
         missing=missing.any(),
         split=((gap > 0).any() & (gap < 0).any()) | noisy.any(),
         preferred=gap.sign().sum(),
     )
-    third = pl.col("mean").fill_null(0).round(DECIMALS)
+    # Without any score it is 0 / 0, and as low as can be.
+    third = pl.col("mean").fill_nan(0).round(DECIMALS)
     return told.select(
         "pair",
         "preferred",
