@@ -121,7 +121,7 @@
     pair.replaceChildren(...parts, asked, clear);
     byId("place").value = at + 1;
     byId("place").max = items.length;
-    byId("of").textContent = `of ${items.length}`;
+    byId("of").textContent = ` of ${items.length}`;
     byId("previous").disabled = at === 0;
     byId("next").disabled = at === items.length - 1;
     progress();
