@@ -1,8 +1,8 @@
 """A blind audit of a round's own pairs: does who trains nothing prefer what was chosen?
 
 After selection `judges.audit_pairs` of the round's pairs are drawn; the audit judges score both
-answers of each (`audit/scores`, schema `SCORES`), and a person may read them as a blind sheet. What
-they say reaches no selection and no training. `audit.json`:
+answers of each (`audit/scores`, schema `SCORES`), and a blind sheet in the run's folder `sheets`
+puts them before a person. What they say reaches no selection and no training. `audit.json`:
 
 | key | holds |
 |---|---|
@@ -26,7 +26,13 @@ import numpy as np
 import polars as pl
 
 from rlhf.agreement import share
+from rlhf.blind_sheet import Question, Sheet
 from rlhf.errors import DataGateError
+
+SHEETS = "sheets"
+"""In a run's folder: a blind sheet for each round, `0001` and so on. A person's labels are read
+with `pairloop judge gold`."""
+QUESTION = Question("better", "Which answer is better, all things considered?")
 
 _PAIR = ["prompt_id", "chosen_sample", "rejected_sample"]
 
@@ -36,6 +42,17 @@ def draw_pairs(pairs: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
     order. The result depends on the rows alone."""
     drawn = pairs.select(_PAIR).sort(pl.concat_str(_PAIR, separator="\n").hash(seed), *_PAIR)
     return pairs.join(drawn.head(count), on=_PAIR, how="semi", maintain_order="left")
+
+
+def sheet_of(pairs: pl.DataFrame, about: pl.DataFrame, seed: int) -> Sheet:
+    """The drawn pairs as a blind sheet, whose key says on which side (`side_x`) chosen stands.
+
+    `about` has prompt_id, prompt, context and reference.
+    """
+    shown = pairs.select(
+        *_PAIR, pl.col("chosen").alias("answer_x"), pl.col("rejected").alias("answer_y")
+    ).join(about.select("prompt_id", "prompt", "context", "reference"), on="prompt_id", how="left")
+    return Sheet.of(shown, [QUESTION], seed)
 
 
 def audited(

@@ -9,10 +9,12 @@ from typing import Any
 
 import polars as pl
 
+from rlhf.blind_sheet import write_sheet
+from rlhf.blind_sheet.sheet import KEY
 from rlhf.canaries import ASKINGS, SAID, VERDICTS, Items, draw_answers, items_sha256
 from rlhf.drift import Bootstrap, Limits, examine
 from rlhf.errors import DataGateError, InputError
-from rlhf.pair_audit import audited, check_audit, draw_pairs, said
+from rlhf.pair_audit import SHEETS, audited, check_audit, draw_pairs, said, sheet_of
 from rlhf.rounds import Round
 from rlhf.stage_base import StageBase, title, unreachable
 from rlhf.types import Prompt, completions_of
@@ -89,10 +91,19 @@ class WatchStages(StageBase):
             items = self._answers_of(drawn, prompts, completions)
             scores = round.table("audit/scores", lambda: self.parts.watch.audit(items))
             found = round.record("audit", lambda: audited(drawn, scores, judged, resamples))
+            self._offer_sheet(index, drawn, prompts)
         if judged:
             self.parts.reporter.say(f"{title(round)} {said(found)}")
         if warning := check_audit(found, self.config.selection.on_inversion):
             self.parts.reporter.say(f"{title(round)} warning: {warning}")
+
+    def _offer_sheet(self, index: int, pairs: pl.DataFrame, prompts: Sequence[Prompt]) -> None:
+        """A blind sheet of the drawn pairs, outside the round's folder: people write in it."""
+        folder = self.store.folder / SHEETS / f"{index:04d}"
+        if not pairs.is_empty() and not (folder / KEY).exists():
+            about = self.parts.prompt_table(prompts)
+            sheet = sheet_of(pairs, about, self.config.run.seed)
+            write_sheet(folder, sheet, f"{self.config.run.name}, round {index}")
 
     def retest_sd(self, round: Round) -> tuple[dict[str, float], dict[str, float]]:
         """Dimension -> standard deviation of a score that is asked for again: as certificates have

@@ -108,10 +108,10 @@ def planned_calls(
             training = calls(spec, k) * min(per_round, train) if trains else 0
             evaluation = calls(spec, held_out) * gate + calls(spec, 1) * greedy
             claim = 2 * calls(spec, held_out) * final
-            canaries = calls(spec, A_PROMPT) * (config.judges.canaries.answers // A_PROMPT)
-            watching = ASKINGS * (canaries + sum(calls(spec, n) for n in gold))
+            canaries = min(config.judges.canaries.answers // A_PROMPT, per_round, train)
+            watching = ASKINGS * sum(calls(spec, n) for n in [*[A_PROMPT] * canaries, *gold])
             if not trains:
-                watching += calls(spec, 2) * config.judges.audit_pairs
+                watching += calls(spec, 2) * min(config.judges.audit_pairs, per_round, train)
             most = rounds * (training + watching) + (rounds + 1) * evaluation + claim
             limit = spec.traffic.max_calls if spec.backend == "openai" else None
             lines.append(
