@@ -202,7 +202,7 @@ def _is_file(config: RunConfig) -> bool:
 def _counted(pools: Pools) -> str:
     shown = [
         f"{split} {c['kept']} ({c['clusters']} clusters; dropped {c['duplicates']} duplicates, "
-        f"{c['too_long']} too long)"
+        f"{c['near_duplicates']} near-duplicates, {c['too_long']} too long)"
         for split, c in pools.counts.items()
     ]
     return "prompts: " + "; ".join(shown)
