@@ -259,11 +259,10 @@ def pairs_by(score: Callable[[str], float]) -> pl.DataFrame:
     for prompt in PROMPTS:
         two = sorted((a for a in ANSWERS if a.prompt_id == prompt.prompt_id and a.sample < 2),
                      key=lambda a: -score(a.text))  # fmt: skip
-        about = {"prompt_id": prompt.prompt_id, "category": "all", "cluster": prompt.cluster}
-        rows.append(
-            about | {k: v for role, a in zip(("chosen", "rejected"), two, strict=True)
-                     for k, v in ((role, a.text), (f"{role}_sample", a.sample))}
-        )  # fmt: skip
+        row: dict[str, Any] = {"prompt_id": prompt.prompt_id, "cluster": prompt.cluster}
+        for role, answer in zip(("chosen", "rejected"), two, strict=True):
+            row |= {role: answer.text, f"{role}_sample": answer.sample}
+        rows.append(row)
     return pl.DataFrame(rows, schema=pairs_schema(["style"]))
 
 
