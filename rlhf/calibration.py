@@ -4,6 +4,10 @@
 for, `rlhf.config.Thresholds`; a bound is always compared with the unfavourable end of the interval.
 A judge is certified for what its dimension is used for: to build pairs it must order two answers to
 one prompt, to be a floor its scores must mean at that floor what gold means.
+
+Gold on answers can decide both. Gold on pairs says nothing of a floor, but people compare more
+surely than they grade; where there is gold of both forms, that on pairs decides about pairs and
+that on answers about the floor.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ class Finding:
     judge: str
     dimension: str
     n: int
+    """Items, answers and pairs together."""
     metrics: Metrics
     verdict: Decision
     reasons: tuple[str, ...]
@@ -71,18 +76,29 @@ def calibrate(
 ) -> list[Finding]:
     """A finding for every judge and dimension with verdicts, in the order of the verdicts.
 
-    `use` says what a dimension is for. Verdicts and gold of a dimension must be of one form
-    (`rlhf.judgements.read_both` sees to it). The same arguments always give the same findings.
+    `use` says what a dimension is for. A metric that verdicts on pairs and on answers both have is
+    that on pairs. The same arguments always give the same findings.
     """
+    by_judge: dict[tuple[str, str], list[Judged]] = {}
+    for judged in collect(verdicts, gold, settings.repeats):
+        by_judge.setdefault((judged.judge, judged.dimension), []).append(judged)
     return [
-        _finding(judged, use(judged.dimension), settings)
-        for judged in collect(verdicts, gold, settings.repeats)
+        _finding(_compared(forms), use(dimension), settings)
+        for (_, dimension), forms in by_judge.items()
     ]
 
 
-def _finding(judged: Judged, use: Use, settings: Calibration) -> Finding:
-    metrics = measure(judged, use.floor, settings.bootstrap)
-    reasons = decide(judged, metrics, use, settings.thresholds)
+def _compared(forms: Sequence[Judged]) -> list[Judged]:
+    """Answers before pairs, of the forms that have gold; one of them where none has."""
+    found = sorted(forms, key=lambda judged: judged.pairwise)
+    return [judged for judged in found if len(judged.values)] or found[:1]
+
+
+def _finding(forms: Sequence[Judged], use: Use, settings: Calibration) -> Finding:
+    metrics: Metrics = {}
+    for judged in forms:
+        metrics |= measure(judged, use.floor, settings.bootstrap)
+    reasons = decide(forms, metrics, use, settings.thresholds)
     purposes: dict[str, Decision] = {
         purpose: "refused" if reasons["both"] or reasons[purpose] else "granted"
         for purpose in ("pairs", "floor")
@@ -90,37 +106,42 @@ def _finding(judged: Judged, use: Use, settings: Calibration) -> Finding:
     }
     used = [p for p in purposes if p == "floor" or use.pairs]
     left_out = {
-        "no_gold": judged.without_gold,
-        "no_verdict": judged.without_verdict,
-        "abstained": int(np.isnan(judged.values).sum()),
+        "no_gold": sum(judged.without_gold for judged in forms),
+        "no_verdict": sum(judged.without_verdict for judged in forms),
+        "abstained": sum(int(np.isnan(judged.values).sum()) for judged in forms),
     }
-    if judged.pairwise or is_ordinal(judged.labels):
-        left_out["no_majority"] = int(np.isnan(majority(judged.labels)).sum())
+    voted = [judged.labels for judged in forms if judged.pairwise or is_ordinal(judged.labels)]
+    if voted:
+        left_out["no_majority"] = sum(int(np.isnan(majority(labels)).sum()) for labels in voted)
     return Finding(
-        judge=judged.judge,
-        dimension=judged.dimension,
-        n=len(judged.values),
+        judge=forms[0].judge,
+        dimension=forms[0].dimension,
+        n=sum(len(judged.values) for judged in forms),
         metrics=metrics,
         verdict="granted" if all(purposes[p] == "granted" for p in used) else "refused",
         reasons=tuple(reasons["both"] + [reason for p in used for reason in reasons[p]]),
         purposes=purposes,
         floor=use.floor,
-        votes=judged.votes,
+        votes=max(judged.votes for judged in forms),
         left_out=left_out,
     )
 
 
 def decide(
-    judged: Judged, metrics: Metrics, use: Use, thresholds: Thresholds
+    forms: Sequence[Judged], metrics: Metrics, use: Use, thresholds: Thresholds
 ) -> dict[str, list[str]]:
-    """Why not: reasons against any use (`both`), against `pairs` and against the `floor`."""
-    if not len(judged.values):
+    """Why not: reasons against any use (`both`), against `pairs` and against the `floor`.
+
+    `forms` are one judge's verdicts on answers, on pairs, or first the one and then the other.
+    """
+    answers, pairs = forms[0], forms[-1]
+    if not len(answers.values):
         nothing = "no item has both a verdict and a gold label"
         return {"both": [nothing], "pairs": [], "floor": []}
     return {
-        "both": list(_against_any(judged, metrics, thresholds)),
-        "pairs": list(_against_pairs(judged, metrics, thresholds)),
-        "floor": list(_against_floor(judged, metrics, use.floor, thresholds)),
+        "both": list(_against_any(answers, metrics, thresholds)),
+        "pairs": list(_against_pairs(pairs, metrics, thresholds)),
+        "floor": list(_against_floor(answers, metrics, use.floor, thresholds)),
     }
 
 

@@ -6,15 +6,10 @@ still going on can be reported at any time. The same folder gives the same bytes
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import unicodedata
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
+from rlhf.document import document
 from rlhf.errors import InputError
 from rlhf.files import atomic_write
 from rlhf.report import data, page
@@ -56,37 +51,7 @@ def write_report(folder: Path, out: Path | None = None, budget: int = BUDGET) ->
 
 def render(run: RunView, budget: int = BUDGET) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=visible,
-    )
-    script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
-    # Only this script may run, and nothing may be fetched: whatever a model wrote.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html.j2").render(
-        **_content(run, budget),
-        script=Markup(script),
-        script_hash=digest,
-        style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
-    )
-
-
-def visible(value: Any) -> Any:
-    """Text with control and invisible characters spelt out, so that none can reorder a line.
-
-    >>> visible("a\\u202eb")
-    'a⟨U+202E⟩b'
-    """
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "".join(
-        f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t" else c
-        for c in value
-    )
+    return document(_TEMPLATES, "page", _content(run, budget))
 
 
 def _content(run: RunView, budget: int) -> dict[str, Any]:
