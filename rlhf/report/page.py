@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from rlhf.report import charts, data
 from rlhf.report.data import Comparison, Dimension, Pairs, Point
+from rlhf.report.selection import explained
 from rlhf.report.tables import (
     comparison_row,
     curve_row,
@@ -239,6 +240,7 @@ def funnels(run: RunView) -> list[dict[str, Any]]:
                     "steps": _funnel_steps(funnel),
                     "yield": funnel["yield"],
                     "abstained": {d: count for d, count in unusable.items() if count},
+                    "explained": explained(funnel, round.record("selection")),
                 }
             )
     return found
