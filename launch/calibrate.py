@@ -14,7 +14,7 @@ from rich.table import Table
 
 from launch.judge import Places
 from rlhf import config_io
-from rlhf.calibration import LEFT_OUT, Finding, Use, finding_of
+from rlhf.calibration import LEFT_OUT, Finding, Use, compared, finding_of
 from rlhf.certificates import JudgeIdentity, write_certificate
 from rlhf.config import RunConfig
 from rlhf.config_calibration import Calibration
@@ -44,8 +44,8 @@ def run(
     settings, use = _settings(config, overrides)
     verdicts_path = _file(places.verdicts, settings.verdicts, "verdicts")
     gold_path = _file(places.gold, settings.gold, "gold")
-    judged = collect(*read_both(verdicts_path, gold_path), settings.repeats)
-    findings = [finding_of(j, use(j.dimension), settings) for j in judged]
+    judged = compared(collect(*read_both(verdicts_path, gold_path), settings.repeats))
+    findings = [finding_of(forms, use(forms[0].dimension), settings) for forms in judged]
     registry = places.registry
     if registry is None and config is not None:
         registry = Path(settings.registry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -61,6 +61,66 @@ def calibrate(
 
         loaded, overrides = config_io.load([config], overrides), ()
     return run(loaded, places or Places(), overrides, json)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What `sample` draws."""
+
+    items: int = 500
+    """Pairs to draw."""
+    split: Literal["train", "gate"] = "train"
+    """Answers that pairs are made of (train), or held-out ones, which audit judges see (gate)."""
+    round: int | None = None
+    """Only this round's answers; default all rounds'."""
+    dimension: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    """Ask about this dimension; may be given again. Default: all that judges scored."""
+    seed: int = 0
+    """Another one draws other pairs."""
+
+
+@app.command
+def sample(
+    run_folder: Path,
+    /,
+    *,
+    wanted: Wanted = Wanted(),
+    out: Path | None = None,
+) -> int:
+    """Draw pairs of a run's answers, and write them as a blind A/B sheet for people to label.
+
+    Stratified by category, score band and disagreement; the run may be going on. Writes sheet.html
+    and sheet.csv to hand out, and key.json and verdicts.jsonl, the judges' own, to keep.
+
+    Parameters
+    ----------
+    run_folder
+        Folder of the run, such as runs/demo.
+    out
+        Folder for the files; default sheet in the run's folder.
+    """
+    from launch.sample import sample as draw
+
+    return draw(run_folder, wanted, out)
+
+
+@app.command
+def gold(folder: Path, /, *sheets: Path, out: Path | None = None) -> int:
+    """Read labelled sheets back as gold labels for `pairloop judge calibrate`.
+
+    Parameters
+    ----------
+    folder
+        What `pairloop judge sample` wrote: its key.json says what was asked.
+    sheets
+        Files of any number of people: sheet.csv filled in, or what sheet.html saved.
+    out
+        JSONL file to write; default gold.jsonl in the folder.
+    """
+    from launch.sample import gold as read
+
+    return read(folder, sheets, out)
 
 
 @app.command

@@ -6,7 +6,7 @@ something is asked, the upper one where at most, the one further out where both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,12 +86,16 @@ def said(found: Metric) -> str:
 
 
 def bounds(
-    judged: Judged, metrics: Mapping[str, Metric], floor: float | None, thresholds: Thresholds
+    forms: Sequence[Judged],
+    metrics: Mapping[str, Metric],
+    floor: float | None,
+    thresholds: Thresholds,
 ) -> list[Bound]:
-    """What is asked of these verdicts: for any use, to build pairs, and as a floor where they can
-    hold one."""
+    """What is asked of these verdicts (on answers, on pairs, or first the one and then the other):
+    for any use, to build pairs, and as a floor where they can hold one."""
+    judged, pairs = forms[0], forms[-1]
     found = list(_for_any(judged, metrics, thresholds))
-    if "within_prompt_accuracy" in metrics or judged.pairwise:
+    if "within_prompt_accuracy" in metrics or pairs.pairwise:
         least = thresholds.within_prompt_accuracy
         found.append(Bound("within_prompt_accuracy", least, None, "pairs"))
     if floor is not None and not judged.pairwise and not outside_unit(judged):

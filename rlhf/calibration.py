@@ -4,6 +4,10 @@
 for, `rlhf.config.Thresholds`; a bound is always compared with the unfavourable end of the interval.
 A judge is certified for what its dimension is used for: to build pairs it must order two answers to
 one prompt, to be a floor its scores must mean at that floor what gold means.
+
+Gold on answers can decide both. Gold on pairs says nothing of a floor, but people compare more
+surely than they grade; where there is gold of both forms, that on pairs decides about pairs and
+that on answers about the floor.
 """
 
 from __future__ import annotations
@@ -56,6 +60,7 @@ class Finding:
     judge: str
     dimension: str
     n: int
+    """Items, answers and pairs together."""
     metrics: Metrics
     verdict: Decision
     reasons: tuple[str, ...]
@@ -82,20 +87,35 @@ def calibrate(
 ) -> list[Finding]:
     """A finding for every judge and dimension with verdicts, in the order of the verdicts.
 
-    `use` says what a dimension is for. Verdicts and gold of a dimension must be of one form
-    (`rlhf.judgements.read_both` sees to it). The same arguments always give the same findings.
+    `use` says what a dimension is for. A metric that verdicts on pairs and on answers both have is
+    that on pairs. The same arguments always give the same findings.
     """
     return [
-        finding_of(judged, use(judged.dimension), settings)
-        for judged in collect(verdicts, gold, settings.repeats)
+        finding_of(forms, use(forms[0].dimension), settings)
+        for forms in compared(collect(verdicts, gold, settings.repeats))
     ]
 
 
-def finding_of(judged: Judged, use: Use, settings: Calibration) -> Finding:
-    """What one judge's verdicts on one dimension are worth for this use."""
-    metrics = measure(judged, use.floor, settings.bootstrap)
-    asked = bounds(judged, metrics, use.floor, settings.thresholds)
-    reasons = decide(judged, metrics, asked, use.floor)
+def compared(judged: Sequence[Judged]) -> list[list[Judged]]:
+    """By judge and dimension, in their order: answers before pairs, of the forms that have gold;
+    one of them where none has."""
+    by_judge: dict[tuple[str, str], list[Judged]] = {}
+    for found in sorted(judged, key=lambda judged: judged.pairwise):
+        by_judge.setdefault((found.judge, found.dimension), []).append(found)
+    order = dict.fromkeys((found.judge, found.dimension) for found in judged)
+    return [[j for j in by_judge[key] if len(j.values)] or by_judge[key][:1] for key in order]
+
+
+def finding_of(forms: Sequence[Judged], use: Use, settings: Calibration) -> Finding:
+    """What one judge's verdicts on one dimension are worth for this use.
+
+    `forms` are its verdicts on answers, on pairs, or first the one and then the other.
+    """
+    metrics: Metrics = {}
+    for judged in forms:
+        metrics |= measure(judged, use.floor, settings.bootstrap)
+    asked = bounds(forms, metrics, use.floor, settings.thresholds)
+    reasons = decide(forms, metrics, asked, use.floor)
     purposes: dict[str, Decision] = {
         purpose: "refused" if reasons["any"] or reasons[purpose] else "granted"
         for purpose in ("pairs", "floor")
@@ -103,33 +123,34 @@ def finding_of(judged: Judged, use: Use, settings: Calibration) -> Finding:
     }
     used = [p for p in purposes if p == "floor" or use.pairs]
     left_out = {
-        "no_gold": judged.without_gold,
-        "no_verdict": judged.without_verdict,
-        "abstained": int(np.isnan(judged.values).sum()),
+        "no_gold": sum(judged.without_gold for judged in forms),
+        "no_verdict": sum(judged.without_verdict for judged in forms),
+        "abstained": sum(int(np.isnan(judged.values).sum()) for judged in forms),
     }
-    if judged.pairwise or is_ordinal(judged.labels):
-        left_out["no_majority"] = int(np.isnan(majority(judged.labels)).sum())
+    voted = [judged.labels for judged in forms if judged.pairwise or is_ordinal(judged.labels)]
+    if voted:
+        left_out["no_majority"] = sum(int(np.isnan(majority(labels)).sum()) for labels in voted)
     return Finding(
-        judge=judged.judge,
-        dimension=judged.dimension,
-        n=len(judged.values),
+        judge=forms[0].judge,
+        dimension=forms[0].dimension,
+        n=sum(len(judged.values) for judged in forms),
         metrics=metrics,
         verdict="granted" if all(purposes[p] == "granted" for p in used) else "refused",
         reasons=tuple(reasons["any"] + [reason for p in used for reason in reasons[p]]),
         purposes=purposes,
         floor=use.floor,
-        votes=judged.votes,
+        votes=max(judged.votes for judged in forms),
         left_out=left_out,
         bounds=tuple(asked),
     )
 
 
 def decide(
-    judged: Judged, metrics: Metrics, asked: Sequence[Bound], floor: float | None
+    forms: Sequence[Judged], metrics: Metrics, asked: Sequence[Bound], floor: float | None
 ) -> dict[str, list[str]]:
     """Why not: reasons against `any` use, against `pairs` and against the `floor`."""
     found: dict[str, list[str]] = {"any": [], "pairs": [], "floor": []}
-    if not len(judged.values):
+    if not len(forms[0].values):
         found["any"].append("no item has both a verdict and a gold label")
         return found
     prefixes = {"any": "", "pairs": "pairs: ", "floor": f"floor {floor or 0:g}: "}
@@ -142,7 +163,7 @@ def decide(
             "gold labels differ"
         )
     if floor is not None:
-        found["floor"] += [prefixes["floor"] + why for why in _no_floor(judged, metrics, floor)]
+        found["floor"] += [prefixes["floor"] + why for why in _no_floor(forms[0], metrics, floor)]
     return found
 
 

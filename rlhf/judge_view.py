@@ -117,7 +117,7 @@ def source_of(spec: JudgeSpec) -> str:
 
 def asked(run: RunView) -> list[Asked]:
     """Scores, abstentions and flagged completions, by round, split, judge and dimension."""
-    found = []
+    found: list[Asked] = []
     for round in (*run.rounds, run.final):
         final = round.index is None
         places = ("start/scores", "best/scores") if final else ("scores", "evaluation/scores")

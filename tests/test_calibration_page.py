@@ -12,27 +12,36 @@ import numpy as np
 import pytest
 
 from launch.cli import main
-from rlhf.calibration import Finding, Use, finding_of
+from rlhf.calibration import Finding, Use, compared, finding_of
 from rlhf.config_calibration import Calibration
 from rlhf.judged import Judged, collect
 from rlhf.judgements import WINNERS, Gold, Verdict
 from rlhf.report.calibration import FAMILIES, Origin, render_calibration
 from rlhf.report.calibration_charts import POINTS
 from rlhf.report.crosstabs import Heat
-from rlhf.report.verdict_plots import exhibits
+from rlhf.report.verdict_plots import Exhibit, exhibits
 
 SETTINGS = Calibration(bootstrap=100)
 ORIGIN = Origin("verdicts.jsonl", "gold.jsonl", 100)
 
 
-def found(verdicts: list[Verdict], gold: list[Gold], use: Use) -> list[tuple[Finding, Judged]]:
+Found = list[tuple[Finding, list[Judged]]]
+
+
+def found(verdicts: list[Verdict], gold: list[Gold], use: Use) -> Found:
     return [
-        (finding_of(judged, use, SETTINGS), judged)
-        for judged in collect(verdicts, gold, SETTINGS.repeats)
+        (finding_of(forms, use, SETTINGS), forms)
+        for forms in compared(collect(verdicts, gold, SETTINGS.repeats))
     ]
 
 
-def of_scores(offset: float = 0.0, number: int = 60, runs: int = 2) -> list[tuple[Finding, Judged]]:
+def shown(found: Found) -> list[Exhibit]:
+    """What stands of the first judge."""
+    finding, forms = found[0]
+    return [exhibit for judged in forms for exhibit in exhibits(finding, judged)]
+
+
+def of_scores(offset: float = 0.0, number: int = 60, runs: int = 2) -> Found:
     """Prompts with four answers each, gold in [0, 1], scored `runs` times with a little noise."""
     rng = np.random.default_rng(0)
     verdicts, gold = [], []
@@ -44,10 +53,10 @@ def of_scores(offset: float = 0.0, number: int = 60, runs: int = 2) -> list[tupl
             verdicts.append(
                 Verdict(str(i), "house", "style", False, value, f"p{i // 4}", run=str(run))
             )
-    return found(verdicts, gold, Use(floor=0.6))
+    return found(verdicts, gold, Use(floor=0.45))
 
 
-def of_pairs() -> list[tuple[Finding, Judged]]:
+def of_pairs() -> Found:
     """60 pairs in both orders, three annotators: 10 always follow the order, 5 abstain in one."""
     verdicts, gold = [], []
     for i in range(60):
@@ -62,8 +71,8 @@ def of_pairs() -> list[tuple[Finding, Judged]]:
     return found(verdicts, gold, Use())
 
 
-def heat_of(found: list[tuple[Finding, Judged]], title: str) -> Heat:
-    (heat,) = (e.heat for e in exhibits(*found[0]) if e.title == title)
+def heat_of(found: Found, title: str) -> Heat:
+    (heat,) = (e.heat for e in shown(found) if e.title == title)
     assert heat is not None
     return heat
 
@@ -80,21 +89,21 @@ def cells(heat: Heat) -> dict[tuple[str, str], int]:
 def test_the_sentence_and_every_reason_stand_there() -> None:
     findings = of_scores(offset=0.2)
     page = html.unescape(render_calibration(findings, ORIGIN))
-    assert "house may build pairs, but may not be a floor at 0.6 on style." in page
+    assert "house may build pairs, but may not be a floor at 0.45 on style." in page
     ((finding, _),) = findings
     assert finding.reasons
     for reason in finding.reasons:
         assert reason in page
     assert "0 of 1 granted" in page
     granted = html.unescape(render_calibration(of_scores(), ORIGIN))
-    assert "house may build pairs and be a floor at 0.6 on style." in granted
+    assert "house may build pairs and be a floor at 0.45 on style." in granted
 
 
 def test_each_figure_stands_beside_what_is_asked_and_the_end_that_is_compared() -> None:
-    ((finding, judged),) = of_scores(offset=0.2)
-    page = html.unescape(render_calibration([(finding, judged)], ORIGIN))
+    ((finding, forms),) = of_scores(offset=0.2)
+    page = html.unescape(render_calibration([(finding, forms)], ORIGIN))
     precision = finding.metrics["precision"]
-    row = re.search(r"<tr[^>]*><th[^>]*>precision at 0.6</th>(.*?)</tr>", page, re.DOTALL)
+    row = re.search(r"<tr[^>]*><th[^>]*>precision at 0.45</th>(.*?)</tr>", page, re.DOTALL)
     assert row
     assert re.findall(r"<td[^>]*>(.*?)</td>", row[1]) == [
         f"{precision.value:.3f}",
@@ -111,10 +120,10 @@ def test_each_figure_stands_beside_what_is_asked_and_the_end_that_is_compared() 
 
 
 def test_what_does_not_apply_is_absent() -> None:
-    titles = [e.title for e in exhibits(*of_scores(runs=1)[0])]
+    titles = [e.title for e in shown(of_scores(runs=1))]
     assert titles == ["Score against gold", "Within prompts"]
     assert "Order flips" not in render_calibration(of_scores(runs=1), ORIGIN)
-    titles = [e.title for e in exhibits(*of_pairs()[0])]
+    titles = [e.title for e in shown(of_pairs())]
     assert titles == ["Verdict against gold", "Order flips"]
 
 
@@ -126,7 +135,7 @@ def test_order_flips_are_counted_by_verdict_in_either_order() -> None:
         ("a", "a"): 22,
         ("b", "b"): 23,
     }
-    (flips,) = (e for e in exhibits(*of_pairs()[0]) if e.title == "Order flips")
+    (flips,) = (e for e in shown(of_pairs()) if e.title == "Order flips")
     assert flips.lead.startswith("10 of 60 verdicts (17%) turn round with the order")
     assert flips.numbers is not None
     assert [row[1] for row in flips.numbers.rows] == ["45", "10", "0", "0", "5"]
@@ -147,8 +156,9 @@ def test_grades_are_a_table_and_abstentions_have_a_column() -> None:
 
 
 def test_many_points_are_sampled_and_said_to_be() -> None:
-    (finding, judged) = of_scores(number=150)[0]
-    against, within, *_ = exhibits(finding, judged)
+    many = of_scores(number=150)
+    finding = many[0][0]
+    against, within, *_ = shown(many)
     assert f"{POINTS} of 600 are drawn, taken at random." in against.lead
     assert against.svg is not None
     assert against.svg.count("<use") <= POINTS + 40

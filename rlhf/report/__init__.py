@@ -9,15 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rlhf.document import document, write_document
 from rlhf.report import data, page
 from rlhf.report.judges import judges
 from rlhf.report.prompts import BUDGET, browser
-from rlhf.report.shell import page_of, write_page
 from rlhf.report.tables import duration
 from rlhf.run_view import RunView
 from rlhf.verdict import number, stamps, verdict
 
 NAME = "report.html"
+_TEMPLATES = Path(__file__).parent / "templates"
 _TONES = {
     "improved": ("▲", "Improved"),
     "unclear": ("●", "No certain change"),
@@ -35,12 +36,12 @@ def write_report(folder: Path, out: Path | None = None, budget: int = BUDGET) ->
     `budget` bounds the bytes that prompts and answers take; the page says what was left out.
     Raises InputError where `folder` holds no run, or `out` can't be written.
     """
-    return write_page(out or folder / NAME, render(RunView(folder), budget), "--out")
+    return write_document(out or folder / NAME, render(RunView(folder), budget), "--out")
 
 
 def render(run: RunView, budget: int = BUDGET) -> str:
     """The page as text."""
-    return page_of("page.html.j2", **_content(run, budget))
+    return document(_TEMPLATES, "page", _content(run, budget))
 
 
 def _content(run: RunView, budget: int) -> dict[str, Any]:

@@ -11,14 +11,15 @@ import numpy as np
 from rlhf.agreement import Metric
 from rlhf.bounds import Bound
 from rlhf.calibration import LEFT_OUT, Finding
+from rlhf.document import document, write_document
 from rlhf.judged import Judged
 from rlhf.report.calibration_charts import BANDS, BandRow, band_forest, figure_forest
 from rlhf.report.page import Plot
-from rlhf.report.shell import page_of, write_page
 from rlhf.report.tables import Table, table
 from rlhf.report.verdict_plots import Exhibit, exhibits
 from rlhf.verdict import number
 
+_TEMPLATES = Path(__file__).parent / "templates"
 _AT_FLOOR = ("precision", "recall", "f1")
 _OPEN = 6
 _PEOPLE = "people"
@@ -136,41 +137,41 @@ class Part:
 
 
 def write_calibration(
-    path: Path, found: Sequence[tuple[Finding, Judged]], origin: Origin, flag: str
+    path: Path, found: Sequence[tuple[Finding, Sequence[Judged]]], origin: Origin, flag: str
 ) -> Path:
     """Write the page of these findings, each with the verdicts it is about; where it is.
 
     Raises InputError naming `flag` where `path` can't be written.
     """
-    return write_page(path, render_calibration(found, origin), flag)
+    return write_document(path, render_calibration(found, origin), flag)
 
 
-def render_calibration(found: Sequence[tuple[Finding, Judged]], origin: Origin) -> str:
+def render_calibration(found: Sequence[tuple[Finding, Sequence[Judged]]], origin: Origin) -> str:
     """The page as text. The same arguments give the same text."""
     findings = [finding for finding, _ in found]
     granted = [finding for finding in findings if finding.verdict == "granted"]
     parts = [_part(f"judge-{place}", *both) for place, both in enumerate(found)]
     items = max((finding.n for finding in findings), default=0)
-    annotators = max((judged.labels.shape[1] for _, judged in found), default=0)
+    annotators = max((j.labels.shape[1] for _, forms in found for j in forms), default=0)
     dimensions = dict.fromkeys(finding.dimension for finding in findings)
-    return page_of(
-        "calibration.html.j2",
-        tone="improved" if granted and len(granted) == len(findings) else "stopped",
-        mark=f"{len(granted)} of {len(findings)} granted",
-        sentence=_sentence(findings, granted),
-        facts=[
+    content = {
+        "tone": "improved" if granted and len(granted) == len(findings) else "stopped",
+        "mark": f"{len(granted)} of {len(findings)} granted",
+        "sentence": _sentence(findings, granted),
+        "facts": [
             ("Certificates", f"{len(granted)} of {len(findings)}", "judge and dimension"),
             ("Items compared", f"{items:,}", "for a judge, at most"),
             ("Annotators", str(annotators), "for an item, at most"),
             ("Intervals", "95%", f"{origin.resamples:,} bootstrap samples of the prompts"),
         ],
-        origin=origin,
-        overview=[(part, _key_figure(f)) for part, f in zip(parts, findings, strict=True)],
-        dimensions=[(d, list(_agreement(d, findings))) for d in dimensions],
-        parts=parts,
-        open=len(parts) <= _OPEN,
-        meanings=[(n, m) for n, m in MEANINGS.items() if any(n in f.metrics for f in findings)],
-    )  # fmt: skip
+        "origin": origin,
+        "overview": [(part, _key_figure(f)) for part, f in zip(parts, findings, strict=True)],
+        "dimensions": [(d, list(_agreement(d, findings))) for d in dimensions],
+        "parts": parts,
+        "open": len(parts) <= _OPEN,
+        "meanings": [(n, m) for n, m in MEANINGS.items() if any(n in f.metrics for f in findings)],
+    }  # fmt: skip
+    return document(_TEMPLATES, "calibration", content, look="page")
 
 
 def _sentence(findings: Sequence[Finding], granted: Sequence[Finding]) -> str:
@@ -248,7 +249,7 @@ def _band_row(row: BandRow, family: Family) -> dict[str, str]:
     }
 
 
-def _part(id_: str, finding: Finding, judged: Judged) -> Part:
+def _part(id_: str, finding: Finding, forms: Sequence[Judged]) -> Part:
     bounds = {bound.metric: bound for bound in finding.bounds}
     about = f"{finding.judge} on {finding.dimension}"
     named = [
@@ -274,7 +275,7 @@ def _part(id_: str, finding: Finding, judged: Judged) -> Part:
         counted="; ".join(counted) + ".",
         forest=Plot(label, figure_forest(drawn, label)) if drawn else None,
         figures=table(label, rows, "asked", "verdict") if rows else None,
-        exhibits=tuple(exhibits(finding, judged)),
+        exhibits=tuple(e for judged in forms for e in exhibits(finding, judged)),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlhf.judgements import WINNERS
 from rlhf.statistics import Floats
@@ -102,8 +103,8 @@ def _count(rows: Floats, columns: Floats, row: float, column: float) -> int:
     return int((_equal(rows, row) & _equal(columns, column)).sum())
 
 
-def _equal(values: Floats, value: float) -> Floats:
-    found: Floats = np.isnan(values) if np.isnan(value) else values == value
+def _equal(values: Floats, value: float) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = np.isnan(values) if np.isnan(value) else values == value
     return found
 
 

@@ -11,8 +11,11 @@ from rlhf.verdict import change, interval, number
 _SOURCES = {
     "verifier": "a verifier, which scores without noise",
     "retest": "selection.retest_sd",
+    "config": "selection.retest_sd",
+    "certificate": "the judge's certificate",
     "votes": "the spread of its votes",
-    "unknown": "unknown: one vote a score, and no selection.retest_sd",
+    "canaries": "this round's canaries, asked twice",
+    "unknown": "unknown: one vote a score, and nothing that says how it varies",
 }
 
 
@@ -92,10 +95,15 @@ def _noise(noise: Mapping[str, Any]) -> str:
     if unknown:
         return (
             f"How much of the margins is the judges' noise is not known: {', '.join(unknown)} has "
-            "one vote a score and no selection.retest_sd."
+            "one vote a score, and nothing says how it varies."
         )
     if set(noise["sources"].values()) == {"verifier"}:
         return "Verifiers score without noise, so no part of a margin is luck."
+    if noise["sd"] == 0:
+        return (
+            "Asked again, the judges say the same, so no part of a margin is luck; errors that "
+            "come again each time don't show in that."
+        )
     said = f"The judges' noise has a standard deviation of {noise['sd']:.3f} in the reward."
     if noise["margin_of_noise_alone"] is not None and noise["mean_margin"] is not None:
         said += (

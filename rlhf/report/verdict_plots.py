@@ -75,7 +75,7 @@ def against_gold(judged: Judged, floor: float | None, about: str) -> Exhibit | N
         )
         sides = Sides(title, "", "gold", "judge")
         return Exhibit(title, lead, heat=heat(sides, gold, values))
-    known = ~np.isnan(values)
+    known = ~np.isnan(values) & ~np.isnan(gold)
     if not known.any():
         return None
     groups = _fifths(values[known])
