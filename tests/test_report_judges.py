@@ -57,7 +57,7 @@ def test_within_prompts_only_what_orders_a_prompts_answers_counts() -> None:
     rng = np.random.default_rng(0)
     prompts = np.repeat(np.arange(40), 4)
     x = rng.integers(0, 4, len(prompts)).astype(float)
-    y = x + rng.integers(-1, 2, len(prompts))
+    y = x + rng.integers(-1, 2, len(prompts)).astype(float)
     centred = [
         np.concatenate([r - r.mean() for r in (stats.rankdata(part) for part in v.reshape(40, 4))])
         for v in (x, y)

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from rlhf.calibration import Finding
 from rlhf.judged import Judged
+from rlhf.ranks import Codes
 from rlhf.report.calibration_charts import POINTS, Points, scatter
 from rlhf.report.crosstabs import WINNER_NAMES, Heat, Sides, few_values, heat
 from rlhf.report.tables import Table, table
@@ -269,10 +270,10 @@ def _spread(values: Floats, rng: np.random.Generator) -> Floats:
     return moved
 
 
-def _fifths(values: Floats) -> Floats:
+def _fifths(values: Floats) -> Codes:
     """Each value's fifth; equal values share one."""
     edges = np.unique(np.quantile(values, _FIFTHS))
-    found: Floats = np.searchsorted(edges, values, side="left")
+    found: Codes = np.searchsorted(edges, values, side="left")
     return found
 
 
