@@ -188,6 +188,16 @@ def require_certificates(
     return found
 
 
+def retest_sd(standing: Standing) -> float | None:
+    """Standard deviation of one score when the same answer is judged again, as the certificate that
+    is granted has it; None where nobody measured it. Raises InputError where it can't be read."""
+    if not standing.granted or standing.certificate is None:
+        return None
+    certificate = read_json(standing.certificate, "calibrate again")
+    found = certificate["dimensions"][standing.dimension]["metrics"].get("retest_sd")
+    return None if found is None else float(found["value"])
+
+
 def _certificates(registry: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     remedy = "take it out of the registry, or calibrate again"
     for path in sorted(registry.glob("*.json")) if registry.is_dir() else []:

@@ -486,15 +486,16 @@ def config(**entry: Any) -> RunConfig:
 
 def test_calls_are_counted_before_they_are_made() -> None:
     """Pairwise: 4 x 3 x 10 prompts in 2 rounds; 2 x 1 x 20 in 3 evaluations (a lone greedy answer
-    takes none); twice that of 30 at the end: 240 + 120 + 120."""
+    takes none); twice that of 30 at the end; canaries: 2 x 2 x 10 prompts in 2 rounds: 240 + 120 +
+    120 + 80."""
     (line,) = planned_calls(config(mode="pairwise"), train=100, gate=20, final=30)
     assert line == (
-        "judge reader: at most 480 calls to m (pairwise): 120 for each of 2 rounds, 40 for each "
-        "of 3 evaluations, 120 for the final split"
+        "judge reader: at most 560 calls to m (pairwise): 120 for each of 2 rounds and 40 to watch "
+        "the judges there, 40 for each of 3 evaluations, 120 for the final split"
     )
     pointwise = config(backend="openai", traffic={"max_calls": 100})
     (line,) = planned_calls(pointwise, train=100, gate=20, final=30)
-    assert "at most 335 calls" in line and line.endswith("; budget 100, which may not do")
+    assert "at most 415 calls" in line and line.endswith("; budget 100, which may not do")
 
 
 @pytest.mark.engine

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -23,7 +24,17 @@ from rollout.judges import questions
 from rollout.judges.backends import Answer, Backend, Call
 from rollout.judges.fence import Fence, flagged
 from rollout.judges.rubric import Rubric, load
-from rollout.judges.verdicts import Compared, Graded, NoVerdict, grades, winners
+from rollout.judges.verdicts import (
+    Compared,
+    Comparison,
+    Graded,
+    NoVerdict,
+    Shown,
+    Won,
+    comparisons,
+    grades,
+    winners,
+)
 
 Items = Sequence[tuple[Prompt, Completion]]
 Group = tuple[str, ...]
@@ -75,6 +86,7 @@ class LlmJudge:
         self.rubrics = {dimension: rubrics[dimension] for dimension in spec.dimensions}
         self.backend = backend
         self._fence = Fence()
+        self._noted: list[Comparison] | None = None
 
     @classmethod
     def of(cls, spec: LlmSpec, field: str, backend: Backend) -> LlmJudge:
@@ -117,6 +129,17 @@ class LlmJudge:
         if self.spec.mode == "pairwise":
             return self._compare(items)
         return self._grade(items)
+
+    @contextmanager
+    def noting(self) -> Iterator[list[Comparison]]:
+        """Within it the comparisons behind the scores are kept, in the list that this yields: for
+        what measures a pairwise judge. A pointwise one makes none."""
+        noted: list[Comparison] = []
+        self._noted = noted
+        try:
+            yield noted
+        finally:
+            self._noted = None
 
     def news(self) -> str | None:
         """See `Backend.news`."""
@@ -178,10 +201,12 @@ class LlmJudge:
             for g in self._groups(items[a][0])
         ]
         answers = self._ask(asked)
-        won: dict[tuple[str, tuple[str, ...], str], Compared | NoVerdict] = {}
+        won: dict[Shown, Compared | NoVerdict] = {}
         for question, answer in answers.items():
             for dimension, verdict in winners(answer, question.group).items():
                 won[question.prompt_id, question.texts, dimension] = verdict
+        if self._noted is not None:
+            self._noted += comparisons([completion for _, completion in items], won)
         scores = []
         for index, (prompt, completion) in enumerate(items):
             others = [items[other][1] for other in by_prompt[prompt.prompt_id] if other != index]
@@ -194,7 +219,7 @@ class LlmJudge:
         completion: Completion,
         others: Sequence[Completion],
         dimension: str,
-        won: Mapping[tuple[str, tuple[str, ...], str], Compared | NoVerdict],
+        won: Won,
     ) -> Score:
         """The win rate of one completion over the others of its prompt."""
         at = (completion.prompt_id, completion.sample, self.name, dimension)
@@ -322,7 +347,7 @@ def _count(
     mine: str,
     theirs: str,
     dimension: str,
-    won: Mapping[tuple[str, tuple[str, ...], str], Compared | NoVerdict],
+    won: Won,
 ) -> None:
     """Add one comparison: both orders must agree, else it is a tie."""
     if mine == theirs:
