@@ -18,14 +18,27 @@ app = App(
 )
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Files that calibration reads, each overriding the config's, and where results go."""
+
+    verdicts: Path | None = None
+    """JSONL file: item_id, judge, dimension, and score, or winner (a, b, tie) of a pair."""
+    gold: Path | None = None
+    """JSONL file: item_id, dimension, and score or winner; optional annotator."""
+    registry: Path | None = None
+    """Folder for the certificates; default calibration.registry of a config."""
+    report: Path | None = None
+    """HTML page with plots; default a file beside the certificates."""
+
+
 @app.command
 def calibrate(
     config: Path | None = None,
     /,
     *,
-    verdicts: Path | None = None,
-    gold: Path | None = None,
-    registry: Path | None = None,
+    places: Places | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
     overrides: Annotated[tuple[tuple[str, str], ...], Parameter(parse=False)] = (),
 ) -> int:
@@ -37,13 +50,6 @@ def calibrate(
     ----------
     config
         YAML file of a run: its floors, weights and thresholds decide.
-    verdicts
-        JSONL file: item_id, judge, dimension, and score (of an answer) or winner (of a pair: a, b
-        or tie); optional prompt_id, order (ab, ba), run, length, length_a, length_b.
-    gold
-        JSONL file: item_id, dimension, and score or winner; optional annotator.
-    registry
-        Folder for the certificates; default calibration.registry of the config.
     json
         Print a JSON list, one object a judge and dimension.
     """
@@ -54,7 +60,7 @@ def calibrate(
         from rlhf import config_io
 
         loaded, overrides = config_io.load([config], overrides), ()
-    return run(loaded, (verdicts, gold), registry, overrides, json)
+    return run(loaded, places or Places(), overrides, json)
 
 
 @Parameter(name="*")

@@ -55,6 +55,9 @@ class Standing:
     status: Status
     reason: str
     certificate: Path | None = None
+    shown: Mapping[str, Any] | None = None
+    """What that certificate says of the dimension (`n`, `floor`, `metrics`, ...), with its `date`,
+    when it `expires` and `gold_hash`."""
 
     @property
     def granted(self) -> bool:
@@ -117,8 +120,10 @@ def find_certificate(
     Raises InputError where the registry holds what is no certificate.
     """
 
+    shown: Mapping[str, Any] | None = None
+
     def standing(status: Status, reason: str, path: Path | None = None) -> Standing:
-        return Standing(identity.judge, dimension, status, reason, path)
+        return Standing(identity.judge, dimension, status, reason, path, shown)
 
     covering = [
         (path, certificate)
@@ -131,6 +136,7 @@ def find_certificate(
     same = [found for found in covering if not _other_judge(found[1], identity)]
     path, certificate = (same or covering)[0]
     entry = certificate["dimensions"][dimension]
+    shown = {**entry, **{name: certificate[name] for name in ("date", "expires", "gold_hash")}}
     differences = [
         *_other_judge(certificate, identity),
         *_other_use(entry, identity, use),

@@ -11,6 +11,7 @@ from typing import Any
 
 import polars as pl
 
+from rlhf import judge_view, yield_analysis
 from rlhf.config import RunConfig
 from rlhf.evaluation import AUDIT_PREFIX
 from rlhf.files import atomic_write
@@ -59,6 +60,7 @@ def write_summary(store: RunStore, config: RunConfig) -> None:
     rounds = _finished(store, config.rounds.count)
     if rounds:
         parts += ["## Rounds on the gate split", _rounds(store, rounds)]
+    parts += ["## Judges", _judges(run)]
     if store.round(0).done("pools"):
         parts += ["## Prompts", _prompts(store.round(0).stored("pools"))]
     for index in rounds:
@@ -143,6 +145,26 @@ def _prompts(counts: Mapping[str, Mapping[str, int]]) -> str:
     )
 
 
+def _judges(run: RunView) -> str:
+    """Who scored what, what stands behind it, and how often there was no score."""
+    asked = judge_view.asked(run)
+    rows = []
+    for role in judge_view.roles(run):
+        own = [a for a in asked if (a.judge, a.dimension) == (role.judge, role.dimension)]
+        scores, missing = sum(a.scores for a in own), sum(a.abstained for a in own)
+        vouched = {"not needed": f"none needed: {role.reason}", "granted": "granted"}
+        rows.append(
+            {
+                "judge": f"{role.judge} ({role.kind})",
+                "dimension": role.dimension,
+                "used for": ", ".join(role.uses) or "nothing",
+                "certificate": vouched.get(role.status, f"**{role.status}**: {role.reason}"),
+                "abstained": f"{missing} of {scores}",
+            }
+        )
+    return markdown_table(rows)
+
+
 def _one_round(store: RunStore, index: int) -> str:
     gates = store.round(index).stored("gates")
     funnel = store.round(index).stored("funnel")
@@ -172,17 +194,19 @@ def _one_round(store: RunStore, index: int) -> str:
         for step in funnel["steps"]
     ]
     kept = funnel["yield"]
-    return "\n\n".join(
-        [
-            gates["reason"],
-            markdown_table(gate_rows),
-            *_watched(store, index),
-            "How completions became pairs:",
-            markdown_table(steps),
-            f"Largest admissible margin kept {kept['largest_admissible']} pairs; best and worst, "
-            f"then filter, would have kept {kept['best_and_worst_then_filter']}.",
-        ]
-    )
+    parts = [
+        gates["reason"],
+        markdown_table(gate_rows),
+        *_watched(store, index),
+        "How completions became pairs:",
+        markdown_table(steps),
+        f"Largest admissible margin kept {kept['largest_admissible']} pairs; best and worst, "
+        f"then filter, would have kept {kept['best_and_worst_then_filter']}.",
+    ]
+    if store.round(index).done("selection"):
+        explained = yield_analysis.said(funnel, store.round(index).stored("selection"))
+        parts.append("\n".join(f"- {line}" for line in explained))
+    return "\n\n".join(parts)
 
 
 def _watched(store: RunStore, index: int) -> list[str]:

@@ -17,11 +17,17 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from rlhf.errors import InputError
+from rlhf.files import atomic_write
+
 _BASE = Path(__file__).parent
 
 
-def document(templates: Path, name: str, content: Mapping[str, Any]) -> str:
-    """The page `name`.html.j2 of the folder `templates`, with `name`.css and `name`.js.
+def document(
+    templates: Path, name: str, content: Mapping[str, Any], look: str | None = None
+) -> str:
+    """The page `name`.html.j2 of the folder `templates`, with `look`.css and `look`.js, by default
+    those of its own name.
 
     The template gets `content`, escaped, and `style`, `script` and `policy`: a content security
     policy that allows this very script and no request of any kind.
@@ -34,7 +40,8 @@ def document(templates: Path, name: str, content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         finalize=visible,
     )
-    script = _joined("base.js", templates / f"{name}.js")
+    look = look or name
+    script = _joined("base.js", templates / f"{look}.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
@@ -44,8 +51,20 @@ def document(templates: Path, name: str, content: Mapping[str, Any]) -> str:
         **content,
         policy=Markup(policy),
         script=Markup(script),
-        style=Markup(_joined("base.css", templates / f"{name}.css")),
+        style=Markup(_joined("base.css", templates / f"{look}.css")),
     )
+
+
+def write_document(path: Path, text: str, flag: str) -> Path:
+    """Write a page, whole or not at all; where it is. Raises InputError naming `flag`."""
+    try:
+        atomic_write(path, text.encode())
+    except OSError as error:
+        raise InputError(
+            f"{flag} must be a file that can be written: {path}: {error.strerror}; "
+            f"give another {flag}"
+        ) from error
+    return path
 
 
 def _joined(base: str, own: Path) -> str:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf.document import document
-from rlhf.errors import InputError
-from rlhf.files import atomic_write
+from rlhf.document import document, write_document
 from rlhf.report import data, page
+from rlhf.report.judges import judges
 from rlhf.report.prompts import BUDGET, browser
 from rlhf.report.tables import duration
 from rlhf.run_view import RunView
@@ -37,16 +36,7 @@ def write_report(folder: Path, out: Path | None = None, budget: int = BUDGET) ->
     `budget` bounds the bytes that prompts and answers take; the page says what was left out.
     Raises InputError where `folder` holds no run, or `out` can't be written.
     """
-    path = out or folder / NAME
-    text = render(RunView(folder), budget)
-    try:
-        atomic_write(path, text.encode())
-    except OSError as error:
-        raise InputError(
-            f"--out must be a file that can be written: {path}: {error.strerror}; "
-            "give another --out"
-        ) from error
-    return path
+    return write_document(out or folder / NAME, render(RunView(folder), budget), "--out")
 
 
 def render(run: RunView, budget: int = BUDGET) -> str:
@@ -69,6 +59,7 @@ def _content(run: RunView, budget: int) -> dict[str, Any]:
         "facts": _facts(run, compared, pairs, kl, timing),
         "scores": page.scores(data.dimensions(run), compared) if run.evaluated else None,
         "gates": page.gates(data.gate_rows(run)),
+        "judges": judges(run),
         "funnels": page.funnels(run),
         "pools": data.pool_counts(run),
         "pairs": page.pairs(pairs),

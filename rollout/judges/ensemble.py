@@ -14,9 +14,9 @@ from pathlib import Path
 from rlhf.config_judges import EnsembleSpec
 from rlhf.errors import InputError
 from rlhf.protocols import Judge, ModelJudge
-from rlhf.types import Completion, Prompt, Score
+from rlhf.types import SUSPICIOUS, Completion, Prompt, Score
 from rollout.judges.cache import key_of
-from rollout.judges.fence import SUSPICIOUS, flagged
+from rollout.judges.fence import flagged
 from rollout.judges.llm import LlmJudge
 from rollout.judges.reward_model import RewardModelJudge
 from rollout.judges.verifier import Verifier

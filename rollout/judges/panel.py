@@ -19,11 +19,10 @@ from rlhf.config_judges import (
 )
 from rlhf.errors import DataGateError, PairloopError
 from rlhf.protocols import Judge
-from rlhf.types import Completion, Prompt, Score
+from rlhf.types import SUSPICIOUS, Completion, Prompt, Score
 from rollout.judges.backends import Backend
 from rollout.judges.cache import CachedBackend, VerdictCache, key_of, weights_of
 from rollout.judges.ensemble import Ensemble
-from rollout.judges.fence import SUSPICIOUS
 from rollout.judges.llm import LlmJudge, calls
 from rollout.judges.recorded import RecordedJudge
 from rollout.judges.verifier import Verifier
