@@ -196,7 +196,7 @@ def _canaries(run: RunView) -> dict[str, Any] | None:
     limits = charts.shared_limits([*moved.values(), [Point(0, limit, None, None)]])
     fixed = [f"{e['judge']} on {e['dimension']}" for e in last["judges"] if e["fixed"]]
     return {
-        "lead": " ".join([*last["stops"], *last["warnings"]])
+        "lead": " ".join(f"{text}." for text in (*last["stops"], *last["warnings"]))
         or "No judge has drifted beyond the limit.",
         "sizes": ", ".join(f"{n} ({name})" for name, n in last["answers"].items() if n),
         "askings": last["askings"],
@@ -257,8 +257,9 @@ def _pair_audit(run: RunView) -> dict[str, Any] | None:
         return None
     last = records[-1][1]
     return {
-        "lead": last["inverted"]
-        or "No audit judge prefers the rejected answers of the pairs that trained.",
+        "lead": last["inverted"] + "."
+        if last["inverted"]
+        else "No audit judge prefers the rejected answers of the pairs that trained.",
         "pairs": last["pairs"],
         "table": table("Blind audit of each round's pairs", rows, "dimension", "round", "verdict"),
     }
