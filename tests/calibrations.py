@@ -50,5 +50,5 @@ def of_pairs() -> Found:
         for order in ("ab", "ba"):
             value: float | None = WINNERS[order[0] if i < 10 else better]
             value = None if 10 <= i < 15 and order == "ba" else value
-            verdicts.append(Verdict(str(i), "pairs", "quality", True, value, f"p{i}", order))  # type: ignore[arg-type]
+            verdicts.append(Verdict(str(i), "pairs", "quality", True, value, f"p{i}", order))
     return found(verdicts, gold, Use())
