@@ -135,12 +135,11 @@ def _alike(run: RunView, found: Sequence[Alike]) -> dict[str, Any] | None:
         for two in twos
     }
     drawn = {two: points for two, points in series.items() if points}
-    limits = charts.shared_limits(list(drawn.values()))
     return {
         "lead": _alike_lead(whole),
         "panels": [
             (one, f"{other}, {_latest(points)}",
-             charts.gap_panel(points, f"{one} and {other}: rank correlation by round", limits))
+             charts.agreement_panel(points, f"{one} and {other}: rank correlation by round"))
             for (one, other), points in list(drawn.items())[:_PANELS]
         ],
         "left_out": max(0, len(drawn) - _PANELS),
