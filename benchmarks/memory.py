@@ -80,7 +80,7 @@ def estimated(case: Case, gives_back: bool = True) -> int:
     """What `launch.learner_memory` says of the case while it trains, in bytes."""
     from launch import architectures
     from launch.learner_memory import Learning
-    from launch.memory import ASSUMED
+    from launch.memory_parts import ASSUMED
 
     held = Learning(
         architectures.find(MODEL),

@@ -8,8 +8,10 @@ from typing import Any
 
 from launch import architectures
 from launch.architectures import Architecture
+from launch.judge_memory import ROLE, JudgeModel, own_models
 from launch.machines import GIB, Machine
-from launch.memory import PHASES, Estimate, Phase, estimate
+from launch.memory import Estimate, estimate
+from launch.memory_parts import PHASES, Phase
 from launch.placement import place_on
 from rlhf.config import RunConfig
 from rlhf.errors import InputError
@@ -33,15 +35,20 @@ def report(config: RunConfig, machine: Machine) -> str:
         known = architectures.find(config.model.path, config.model.revision)
     except InputError as error:
         return f"memory     not estimated: {error}"
-    found = estimate(config, place_on(config, machine), machine, known)
+    judges, unknown = own_models(config)
+    found = estimate(config, place_on(config, machine), machine, known, judges)
     lines = [_heading(config, found), *_table(found), *_verdicts(found)]
+    lines += [f"{ROLE:<10} {line}" for line in unknown]
     if not found.fits():
-        lines.append(f"fit        {_help(config, machine, known)}")
+        lines.append(f"fit        {_help(config, machine, known, judges)}")
     return "\n".join(lines)
 
 
 def smallest_change(
-    config: RunConfig, machine: Machine, architecture: Architecture
+    config: RunConfig,
+    machine: Machine,
+    architecture: Architecture,
+    judges: Sequence[JudgeModel] = (),
 ) -> tuple[Change, ...] | None:
     """The least harmful change after which the run fits with `SPARE` left: one setting, or where no
     single one is enough several, none of which could be left out or be milder. Empty where it fits
@@ -49,7 +56,12 @@ def smallest_change(
     """
 
     def fits(changes: Sequence[Change]) -> bool:
-        return _fits_changed(config, changes, machine, architecture)
+        tried = changed(config, changes)
+        try:
+            plan = place_on(tried, machine)
+        except InputError:
+            return False
+        return estimate(tried, plan, machine, architecture, judges).fits(SPARE)
 
     if fits(()):
         return ()
@@ -127,22 +139,16 @@ def _halved(value: int, least: int) -> list[int]:
     return [value >> i for i in range(1, times + 1)]
 
 
-def _fits_changed(
-    config: RunConfig,
-    changes: Sequence[Change],
-    machine: Machine,
-    architecture: Architecture,
-) -> bool:
-    tried = changed(config, changes)
-    try:
-        plan = place_on(tried, machine)
-    except InputError:
-        return False
-    return estimate(tried, plan, machine, architecture).fits(SPARE)
-
-
-def _help(config: RunConfig, machine: Machine, architecture: Architecture) -> str:
-    changes = smallest_change(config, machine, architecture)
+def _help(
+    config: RunConfig, machine: Machine, architecture: Architecture, judges: Sequence[JudgeModel]
+) -> str:
+    changes = smallest_change(config, machine, architecture, judges)
+    if changes is None and judges:
+        named = ", ".join(judge.spec.name for judge in judges)
+        return (
+            f"no setting of the policy makes it fit beside {named}: give the judge a smaller model "
+            "or share, or a machine of its own (backend: openai)"
+        )
     if changes is None:
         return "no setting makes it fit; take a larger machine or a smaller model"
     flags = " ".join(f"--{name} {_shown(value)}" for name, value in changes)
@@ -168,16 +174,17 @@ def _heading(config: RunConfig, found: Estimate) -> str:
 def _table(found: Estimate) -> Iterator[str]:
     """Rows of both memories, what a part needs under each phase that it is there in, and sums."""
     places = [("GPU", False), ("host", True)] if found.on_gpu else [("host", True)]
+    width = max(22, *(len(p.what) for p in found.parts))
     for place, host in places:
         rows = [p for p in found.parts if p.host == host]
         shown: list[Phase] = [p for p in PHASES if p != "load" or _loads(found, host)]
-        yield f"{place:<10} {'':<22}" + "".join(f"{p:>11}" for p in shown) + "  formula"
+        yield f"{place:<10} {'':<{width}}" + "".join(f"{p:>11}" for p in shown) + "  formula"
         for part in rows:
             size = f"{part.size / GIB:.2f}"
             cells = "".join(f"{size if p in part.phases else '':>11}" for p in shown)
-            yield f"{part.role:<10} {part.what:<22}{cells}  {part.formula}"
+            yield f"{part.role:<10} {part.what:<{width}}{cells}  {part.formula}"
         sums = "".join(f"{found.at(p, host) / GIB:>11.2f}" for p in shown)
-        yield f"{'sum':<10} {'':<22}{sums}"
+        yield f"{'sum':<10} {'':<{width}}{sums}"
 
 
 def _loads(found: Estimate, host: bool) -> bool:
@@ -200,8 +207,9 @@ def _verdicts(found: Estimate) -> Iterator[str]:
         free = found.machine.free
         if host and free is not None and free < peak <= size:
             yield f"{'':<10} only {free / GIB:.1f} GiB are free now: other programs hold the rest"
-    if found.short > 0:
-        yield (
-            f"{'generator':<10} DOES NOT FIT: its cache lacks {found.short / GIB:.2f} GiB to hold "
-            "one sequence of the longest"
-        )
+    for engine, lack in found.short.items():
+        if lack > 0:
+            yield (
+                f"{engine:<10} DOES NOT FIT: its cache lacks {lack / GIB:.2f} GiB to hold one "
+                "sequence of the longest"
+            )

@@ -124,6 +124,24 @@ def gold(folder: Path, /, *sheets: Path, out: Path | None = None) -> int:
 
 
 @app.command
+def audit(run_folder: Path, /, *, json: Annotated[bool, Parameter(negative="")] = False) -> int:
+    """Show how often audit judges and people prefer what each round chose, of the pairs drawn.
+
+    People label the sheets in the run's folder sheets; `pairloop judge gold` hands them in.
+
+    Parameters
+    ----------
+    run_folder
+        Folder of the run, such as runs/demo.
+    json
+        Print a list, an entry for each round and judge or person.
+    """
+    from launch.audit import show
+
+    return show(run_folder, json)
+
+
+@app.command
 def cache(
     path: Path,
     /,

@@ -172,26 +172,27 @@ def _generator(config: RunConfig, plan: Plan, policy: Any, pools: Pools) -> Gene
             plan.device,
             rollout.max_concurrency,
         )
-    from rollout.vllm_compat import EngineOptions
-    from rollout.vllm_generator import VllmGenerator
+    from rollout.vllm_engine import EngineOptions
+    from rollout.vllm_generator import Served, VllmGenerator
 
     longest = max(len(p.token_ids) for p in (*pools.train, *pools.gate, *pools.final))
     return VllmGenerator(
-        EngineOptions(
+        Served(
             base=policy.path,
-            tokenizer=policy.path,
+            stop_ids=policy.stop_ids,
+            lora_rank=config.model.lora.rank,
+            quantised=config.model.tuning == "qlora",
+        ),
+        EngineOptions(
             dtype=policy.dtype,
             device=plan.device,
-            quantised=config.model.tuning == "qlora",
-            lora_rank=config.model.lora.rank,
             # One more: scoring a full-length sequence asks the engine for one token.
             max_length=longest + rollout.max_new_tokens + 1,
             max_concurrency=rollout.max_concurrency,
             memory_gib=rollout.memory_gib,
             gpu_memory_share=rollout.gpu_memory_share,
             seed=config.run.seed,
-            stop_ids=policy.stop_ids,
-        )
+        ),
     )
 
 

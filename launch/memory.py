@@ -1,77 +1,43 @@
 """How much memory a run needs, by role and phase, from its config and the model's architecture.
 
-What the learner holds is in `launch.learner_memory`. A generator on a GPU has `gpu_memory_share` of
-the card while it is awake; asleep (level 1), its weights lie in host memory. On a CPU it stays as
-it is.
+What the learner holds is in `launch.learner_memory`, what judges hold in `launch.judge_memory`. A
+generator on a GPU has `gpu_memory_share` of the card while it is awake; asleep (level 1), its
+weights lie in host memory. On a CPU it stays as it is.
 
 `benchmarks/memory.py` compares the learner's part with measured peaks on a CPU, with glibc's blocks
-and without. Numbers for GPUs (`ASSUMED`) are assumptions until someone measures them there.
+and without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from launch import judge_memory
 from launch.architectures import Architecture
+from launch.judge_memory import JudgeModel
 from launch.learner_memory import NF4, Learning
 from launch.machines import GIB, Machine
+from launch.memory_parts import (
+    ASLEEP,
+    ASSUMED,
+    AWAKE,
+    PHASES,
+    RUNNING,
+    Part,
+    Phase,
+    default_batched_tokens,
+    key_value_bytes,
+    millions,
+    workspace,
+)
 from launch.placement import Plan
 from rlhf.config import RunConfig
-
-Phase = Literal["load", "generate", "reference", "train", "publish"]
-PHASES: tuple[Phase, ...] = ("load", "generate", "reference", "train", "publish")
-AWAKE: tuple[Phase, ...] = ("generate", "publish")
-ASLEEP: tuple[Phase, ...] = ("reference", "train")
-RUNNING: tuple[Phase, ...] = (*AWAKE, *ASLEEP)
 
 NF4_SERVED = 0.5 + 4 / 64
 """Bytes a weight in vLLM, which undoes the second quantisation when it loads."""
 PROBE_TOKENS = 64
 """Longest answer of the parity check (`rollout.weight_sync`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Overheads:
-    """What neither config nor architecture says, in bytes."""
-
-    process: int
-    """Python, torch, Transformers and PEFT, nothing loaded yet."""
-    policy: int
-    """A loaded policy's tokenizer and modules, and what libraries keep for themselves."""
-    vllm: int
-    """vLLM's modules on top."""
-    cuda_process: int
-    """CUDA's libraries in host memory."""
-    context: int
-    """CUDA context, kernels and library workspaces on the GPU."""
-    graphs: int
-    """vLLM's CUDA graphs; they stay while it sleeps."""
-
-
-ASSUMED = Overheads(
-    process=round(0.65 * GIB),
-    policy=round(0.08 * GIB),
-    vllm=round(0.3 * GIB),
-    cuda_process=round(2.5 * GIB),
-    context=round(0.75 * GIB),
-    graphs=round(0.4 * GIB),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One row of the table."""
-
-    role: str
-    what: str
-    size: int
-    """Bytes."""
-    formula: str
-    phases: tuple[Phase, ...]
-    host: bool
-    """In host memory, not the GPU's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +47,8 @@ class Estimate:
     parts: tuple[Part, ...]
     machine: Machine
     on_gpu: bool
-    short: int
-    """Bytes that the engine's share lacks to hold one sequence of the longest."""
+    short: Mapping[str, int]
+    """Engine -> bytes that its share lacks to hold one sequence of the longest; mostly negative."""
 
     def at(self, phase: Phase, host: bool) -> int:
         """Bytes in a phase, in host or GPU memory."""
@@ -97,12 +63,8 @@ class Estimate:
         """Whether every phase leaves this share free, and the engine can serve the longest."""
         used = 1 - spare
         gpu = not self.on_gpu or self.peak(host=False)[1] <= used * self.machine.gpu
-        return gpu and self.peak(host=True)[1] <= used * self.machine.host and self.short <= 0
-
-
-def millions(count: float) -> str:
-    """A count as a formula shows it: 134.5M."""
-    return f"{count / 1e6:,.1f}M"
+        served = all(lack <= 0 for lack in self.short.values())
+        return gpu and self.peak(host=True)[1] <= used * self.machine.host and served
 
 
 def learning(config: RunConfig, architecture: Architecture, on_gpu: bool) -> Learning:
@@ -119,18 +81,29 @@ def learning(config: RunConfig, architecture: Architecture, on_gpu: bool) -> Lea
 
 
 def estimate(
-    config: RunConfig, plan: Plan, machine: Machine, architecture: Architecture
+    config: RunConfig,
+    plan: Plan,
+    machine: Machine,
+    architecture: Architecture,
+    judges: Sequence[JudgeModel] = (),
 ) -> Estimate:
-    """Every part of a run on a machine. Pure: nothing is loaded or asked."""
+    """Every part of a run on a machine, with the judges' own models (`judge_memory.own_models`).
+
+    Pure: nothing is loaded or asked.
+    """
     on_gpu = plan.device == "cuda"
     held = learning(config, architecture, on_gpu)
     engine, short = _engine(config, plan, machine, held)
-    parts = [*_process(plan), *_learner(config, held), *_publishing(plan, held), *engine]
-    return Estimate(tuple(p for p in parts if p.size), machine, on_gpu, short)
+    lacks = {"generator": short}
+    vllm = plan.engine == "vllm" or any(j.spec.backend == "vllm" for j in judges)
+    parts = [*_process(on_gpu, vllm), *_learner(config, held), *_publishing(plan, held), *engine]
+    for judge in judges:
+        found, lacks[f"judge {judge.spec.name}"] = judge_memory.parts(judge, machine, on_gpu)
+        parts += found
+    return Estimate(tuple(p for p in parts if p.size), machine, on_gpu, lacks)
 
 
-def _process(plan: Plan) -> Iterable[Part]:
-    cuda, vllm = plan.device == "cuda", plan.engine == "vllm"
+def _process(cuda: bool, vllm: bool) -> Iterable[Part]:
     size = ASSUMED.process + ASSUMED.policy + vllm * ASSUMED.vllm + cuda * ASSUMED.cuda_process
     said = "Python, torch, Transformers" + (", vLLM" if vllm else "") + (", CUDA" if cuda else "")
     told = "assumed" if cuda else "measured"
@@ -264,23 +237,3 @@ def _vllm_on_gpu(
         ),
     ]
     return parts, token * longest - cache
-
-
-def key_value_bytes(architecture: Architecture, compute: int) -> int:
-    """Bytes of a token's keys and values in all layers."""
-    return 2 * architecture.layers * architecture.key * compute
-
-
-def workspace(architecture: Architecture, compute: int, tokens: int, rows: int) -> int:
-    """An engine's forward pass without gradients: `tokens` through a layer, `rows` to logits."""
-    a = architecture
-    layer = compute * (3 * a.intermediate + 4 * a.hidden + 2 * a.query)
-    return tokens * layer + rows * a.vocabulary * (compute + 12)
-
-
-def default_batched_tokens(machine: Machine) -> int:
-    """Tokens of a vLLM step unless set (vLLM 0.32, `get_batch_defaults`)."""
-    if machine.gpu >= 160 * GIB:
-        return 16384
-    ampere = machine.capability == (8, 0)
-    return 16384 if machine.gpu >= 70 * GIB and not ampere else 8192

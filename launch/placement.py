@@ -69,7 +69,8 @@ def place(
     if sync == "adapter" and tuning == "qlora" and not vllm_nf4:
         raise InputError(
             "model.tuning qlora needs vLLM's bitsandbytes plugin to serve the NF4 base: "
-            "pip install vllm-bnb-plugin, or use rollout.sync merged where the whole model fits"
+            "pip install 'pairloop[vllm-nf4]', or use rollout.sync merged where the whole model "
+            "fits"
         )
     return Plan("cuda" if on_gpu else "cpu", engine, sync)
 

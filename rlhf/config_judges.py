@@ -94,6 +94,10 @@ class LlmSpec(_Judge):
     grade: Literal["argmax", "expected"] = "expected"
     """Pointwise only. `expected` weighs the grades by their probabilities, since the likeliest of
     five grades alone ties most pairs; `argmax` for endpoints that give no log-probs."""
+    scale_order: Literal["ascending", "descending"] = "ascending"
+    """Order in which the rubric's grades are listed: models lean to what they read first. In an
+    ensemble, members that differ in it are two votes. (Answers that are compared are always shown
+    in both orders.)"""
     one_call: Literal["per_dimension", "all"] = "per_dimension"
     """`all` grades every dimension in one call: cheaper, but the grades colour one another."""
     backend: Literal["vllm", "openai"] = "vllm"
@@ -194,7 +198,8 @@ MemberSpec = Annotated[
 
 class EnsembleSpec(_Judge):
     """Several judges that vote, as one. At temperature 0 the same call again is no second vote, so
-    members must differ: in model, in the rubric's wording (a rubric file of one's own), in mode."""
+    members must differ: in model, in the rubric's wording (a rubric file of one's own), in the
+    order of its grades (scale_order), in mode."""
 
     kind: Literal["ensemble"]
     """Several judges as one."""

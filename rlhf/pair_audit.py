@@ -20,6 +20,7 @@ lies above 0.5, a coin's share), `inverted` (below it) or `unclear`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,11 +28,16 @@ import polars as pl
 
 from rlhf.agreement import share
 from rlhf.blind_sheet import Question, Sheet
+from rlhf.blind_sheet.sheet import KEY
 from rlhf.errors import DataGateError
+from rlhf.files import read_json
+from rlhf.judgements import read_gold
 
 SHEETS = "sheets"
 """In a run's folder: a blind sheet for each round, `0001` and so on. A person's labels are read
 with `pairloop judge gold`."""
+GOLD = "gold.jsonl"
+"""Beside a sheet: its labels, where `pairloop judge gold` puts them."""
 QUESTION = Question("better", "Which answer is better, all things considered?")
 
 _PAIR = ["prompt_id", "chosen_sample", "rejected_sample"]
@@ -70,6 +76,37 @@ def audited(
         found = _agreement(_margins(pairs, scores, judge, dimension), resamples)
         entries.append({"judge": judge, "dimension": dimension, **found})
     return {"pairs": pairs.height, "judges": entries, "inverted": _inverted(entries)}
+
+
+def labelled(sheet: Path, pairs: pl.DataFrame, resamples: int) -> list[dict[str, Any]]:
+    """What people say who labelled a round's sheet, an entry each (as of `judges` in `audit.json`);
+    empty before `pairloop judge gold` put their labels beside the sheet.
+
+    `pairs` are those that were drawn. Raises InputError where labels or key can't be read.
+    """
+    if not (sheet / GOLD).is_file():
+        return []
+    items = read_json(sheet / KEY, "take the labels away")["items"]
+    known = {(p, c, r): cluster for p, c, r, cluster in pairs.select(*_PAIR, "cluster").rows()}
+    # Chosen was `answer_x`.
+    placed = {
+        i["item_id"]: (known[i["prompt_id"], i["chosen_sample"], i["rejected_sample"]], i["side_x"])
+        for i in items
+    }
+    by_person: dict[str, dict[str, float]] = {}
+    for label in read_gold(sheet / GOLD):
+        if label.item_id in placed and label.dimension == QUESTION.dimension:
+            _, side = placed[label.item_id]
+            said = by_person.setdefault(label.annotator or "a person", {})
+            said[label.item_id] = label.value if side == "a" else -label.value
+    entries = []
+    for person, said in by_person.items():
+        rows = [(cluster, said.get(item)) for item, (cluster, _) in placed.items()]
+        schema = {"cluster": pl.String, "margin": pl.Float64}
+        table = pl.DataFrame(rows, schema=schema, orient="row")
+        found = _agreement(table, resamples)
+        entries.append({"judge": person, "dimension": QUESTION.dimension, **found})
+    return entries
 
 
 def check_audit(record: Mapping[str, Any], on_inversion: Literal["error", "warn"]) -> str:

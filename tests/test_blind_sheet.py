@@ -52,8 +52,9 @@ def test_strata_give_in_proportion_but_at_least_the_minimum(
 
 
 def test_allocation_is_websters() -> None:
-    # 21 places over 53, 24, 23 hundredths: quotas 11.13, 5.04, 4.83.
-    assert allocate([530, 240, 230], 21, minimum=0) == [11, 5, 5]
+    # The sizes over 0.5, 1.5, 2.5: 106, 35.3, 21.2; 48, 16; 46, 15.3 are the seven largest. Over
+    # 1, 2, 3 (D'Hondt) the largest stratum would have four.
+    assert allocate([53, 24, 23], 7, minimum=0) == [3, 2, 2]
 
 
 def test_each_stratum_gives_what_is_said_and_prompts_come_once_first() -> None:

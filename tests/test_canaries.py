@@ -36,7 +36,7 @@ def verdicts(
 ) -> pl.DataFrame:
     """What a judge says in one round; `score` gives all answers' scores (NaN abstains) each time it
     is asked, `order` each prompt's verdicts on its two answers, in both orders."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for asking in range(ASKINGS):
         for (prompt_id, sample), value in zip(IDS, score(), strict=True):
             said = None if np.isnan(value) else float(value)
@@ -56,6 +56,10 @@ def found(
     gold: pl.DataFrame = NO_GOLD,
 ) -> dict[str, Any]:
     return examine(now, before, gold, [judge], LIMITS, DRAW)
+
+
+def steady(values: Floats) -> Callable[[], Floats]:
+    return lambda: values
 
 
 def noisy(values: Floats, sd: float, seed: int) -> Callable[[], Floats]:
@@ -126,7 +130,7 @@ def gold_of(values: Floats) -> pl.DataFrame:
 
 
 def test_agreement_with_gold_falls_with_a_judge_that_turns_round() -> None:
-    before, turned = (verdicts(lambda v=v: v, name="gold") for v in (TRUE, 1 - TRUE))
+    before, turned = (verdicts(steady(v), name="gold") for v in (TRUE, 1 - TRUE))
     gold = gold_of(10 * TRUE)
     (judge,) = found(before, None, gold=gold)["judges"]
     assert judge["figures"]["within_prompt_accuracy"]["value"] == 1
@@ -199,7 +203,7 @@ def test_an_audit_judge_that_drifts_is_told_and_stops_nothing() -> None:
 def test_too_few_prompts_are_sure_of_nothing() -> None:
     few = {f"p{i:02d}" for i in range(3)}
     before, now = (
-        verdicts(lambda v=v: v).filter(pl.col("prompt_id").is_in(few)) for v in (TRUE, TRUE + 0.5)
+        verdicts(steady(v)).filter(pl.col("prompt_id").is_in(few)) for v in (TRUE, TRUE + 0.5)
     )
     result = found(now, before)
     assert result["judges"][0]["drift"]["shift"]["verdict"] == "unclear"

@@ -245,6 +245,24 @@ def test_a_missing_extra_that_the_config_needs_fails(
     assert (found.name, found.status, found.command) == ("extra vllm", "fail", command)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "checkout", "status", "command"),
+    [
+        (True, None, "fail", "pip install -c constraints/gpu.txt 'pairloop[vllm-nf4]'"),
+        (False, None, "n.a.", "--rollout.sync merged"),
+        (False, ".", "n.a.", "make setup"),
+    ],
+)
+def test_the_plugin_for_nf4_is_needed_where_adapters_are_hot_loaded(
+    gpu: bool, checkout: str | None, status: str, command: str
+) -> None:
+    """On a CPU they are merged unless asked otherwise; PyPI's package would bring CUDA there."""
+    bare = packages(gpu, checkout)
+    bare = replace(bare, wanted=(Wanted("vllm-bnb-plugin", "<0.0.4,>=0.0.3", "vllm-nf4"),))
+    (found,) = software.extras(bare, Needs(extras=frozenset({"vllm-nf4"})))
+    assert (found.name, found.status, found.command) == ("extra vllm-nf4", status, command)
+
+
 KERNELS = Told({"kernels": "_C.abi3.so"})
 
 
@@ -457,7 +475,12 @@ def test_what_a_config_needs() -> None:
         "tracking": {"trackers": ["wandb"]},
     }
     assert doctor.needs_of(RunConfig.model_validate(values)) == Needs(
-        Path("out"), "cuda", "vllm", "fp16", "org/model", frozenset({"vllm", "qlora", "wandb"})
+        Path("out"),
+        "cuda",
+        "vllm",
+        "fp16",
+        "org/model",
+        frozenset({"vllm", "vllm-nf4", "qlora", "wandb"}),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from scripted_server import Reply, Request, ScriptedServer, chat
 from test_llm_judge import answers_of, judge
 from test_llm_judge import prefers as prefers_by
 
+from launch.cli import main
 from launch.local import rehearse, train
 from rlhf.canaries import SAID, GoldAnswer, Items, Watch, WatchedJudge
 from rlhf.config import RunConfig
@@ -257,11 +259,10 @@ def pairs_by(score: Callable[[str], float]) -> pl.DataFrame:
     for prompt in PROMPTS:
         two = sorted((a for a in ANSWERS if a.prompt_id == prompt.prompt_id and a.sample < 2),
                      key=lambda a: -score(a.text))  # fmt: skip
-        about = {"prompt_id": prompt.prompt_id, "category": "all", "cluster": prompt.cluster}
-        rows.append(
-            about | {k: v for role, a in zip(("chosen", "rejected"), two, strict=True)
-                     for k, v in ((role, a.text), (f"{role}_sample", a.sample))}
-        )  # fmt: skip
+        row: dict[str, Any] = {"prompt_id": prompt.prompt_id, "cluster": prompt.cluster}
+        for role, answer in zip(("chosen", "rejected"), two, strict=True):
+            row |= {role: answer.text, f"{role}_sample": answer.sample}
+        rows.append(row)
     return pl.DataFrame(rows, schema=pairs_schema(["style"]))
 
 
@@ -282,6 +283,33 @@ def test_an_audit_judge_that_prefers_the_rejected_ones_stops_or_warns(tmp_path: 
     strict = stages(tmp_path / "error", Judges(fair), on_inversion="error")
     with strict as (do, _), pytest.raises(DataGateError, match="onlooker on words"):
         do.audit(do.store.round(1), PROMPTS, DRAWN, pairs)
+
+
+def test_what_a_person_hands_in_is_shown_beside_the_audit_judge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stages(tmp_path, Judges(fair)) as (do, _):
+        do.audit(do.store.round(1), PROMPTS, DRAWN, pairs_by(fair))
+    run = tmp_path / "runs/trial"
+    sheet = run / "sheets/0001"
+    with (sheet / "sheet.csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows[:-1]:
+        row["better"] = "a" if fair(row["answer_a"]) > fair(row["answer_b"]) else "b"
+        row["annotator"] = "kim"
+    with (tmp_path / "kim.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert main(["judge", "gold", str(sheet), str(tmp_path / "kim.csv")]) == 0
+    capsys.readouterr()
+    assert main(["judge", "audit", str(run), "--json"]) == 0
+    onlooker, kim = json.loads(capsys.readouterr().out)
+    assert (onlooker["judge"], onlooker["against"]) == ("onlooker", 12)
+    assert (kim["judge"], kim["preferred"], kim["abstained"]) == ("kim", 11, 1)
+    assert (kim["round"], kim["value"], kim["verdict"]) == (1, 1.0, "agrees")
+    assert main(["judge", "audit", str(run)]) == 0
+    assert "kim" in capsys.readouterr().out
 
 
 def test_a_sheet_that_a_person_writes_in_disturbs_no_resumed_run(tmp_path: Path) -> None:

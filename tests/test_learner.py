@@ -249,11 +249,11 @@ def test_gradient_checkpointing_changes_no_gradient(
     ],
 )
 def test_every_tuning_and_precision_lowers_the_loss(
-    tiny_model: Path, tmp_path: Path, tuning: str, precision: str
+    small_model: Path, tmp_path: Path, tuning: str, precision: str
 ) -> None:
     learner = make_learner(
         config_for(
-            tiny_model,
+            small_model,
             model={"tuning": tuning, "precision": precision},
             learner={"epochs": 5, "learning_rate": 2e-4 if tuning == "full" else 2e-3},
         )

@@ -17,7 +17,8 @@ from launch import presets
 from launch.architectures import KNOWN, Architecture, find
 from launch.learner_memory import Learning
 from launch.machines import GIB, parse
-from launch.memory import ASSUMED, PHASES, Estimate, Phase, estimate, learning
+from launch.memory import Estimate, estimate, learning
+from launch.memory_parts import ASSUMED, PHASES, Phase
 from launch.placement import Plan, place_on
 from rlhf import config_io
 from rlhf.config import RunConfig
@@ -101,11 +102,11 @@ def test_vllm_on_a_t4_by_hand() -> None:
     assert budget == 7_504_166_859
     assert size(found, "generator", "vLLM, asleep", host=True) == 5_931_871_232
     cache = budget - 5_931_871_232 - 803_414_016 - 17_031_168 - ASSUMED.graphs
-    assert found.short == 36_757_504 - cache
+    assert found.short["generator"] == 36_757_504 - cache
     assert found.fits()
     starved = preset("qwen2.5-7b-instruct-qlora-t4", rollout={"gpu_memory_share": 0.45})
-    short = on(starved, "1xT4-16GB").short
-    assert short == found.short + budget - round(0.45 * round(14.56 * GIB)) > 0
+    short = on(starved, "1xT4-16GB").short["generator"]
+    assert short == found.short["generator"] + budget - round(0.45 * round(14.56 * GIB)) > 0
     assert not on(starved, "1xT4-16GB").fits()
 
 
@@ -150,7 +151,7 @@ def test_an_8b_lora_by_hand(machine: str) -> None:
     budget = round(0.5 * parse(machine).gpu)
     used = 16_060_522_496 + 2 * 41_943_040 + tokens * 135_168 + 114_917_376 + ASSUMED.graphs
     longest = 1537 * 2 * 32 * 1024 * 2
-    assert found.short == longest - (budget - used)
+    assert found.short["generator"] == longest - (budget - used)
     assert found.fits()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from rlhf.errors import ParityError
 from rlhf.learner import Learner
 from rlhf.policy import Policy
 from rlhf.protocols import Loaded, Published
-from rollout import vllm_compat
-from rollout.vllm_generator import VllmGenerator
+from rollout.vllm_engine import InProcessEngine, device_arguments
+from rollout.vllm_generator import Served, VllmGenerator
 from rollout.weight_sync import Serving, weights_sha256
 
 ROOT = Path(__file__).parents[1]
@@ -56,9 +55,8 @@ def engine() -> CardEngine:
 @pytest.fixture
 def generator(engine: CardEngine, tiny_model: Path) -> VllmGenerator:
     """Serves version 3 on a card; its engine is the fake."""
-    options = engine_options(str(tiny_model), (0,))
-    built = VllmGenerator(replace(options, device="cuda"))
-    built._llm = engine
+    built = VllmGenerator(Served(str(tiny_model), (0,)), engine_options("cuda"))
+    built._engine._llm = engine
     built.load(Published(3, tiny_model, "merged", weights_sha256(tiny_model)))
     engine.asked.clear()
     return built
@@ -71,6 +69,22 @@ def test_an_engine_sleeps_with_its_weights_in_host_memory(
     assert engine.asked == ["sleep 1"], "level 2 would drop the weights"
     assert generator.wake() == Loaded(3, weights_sha256(tiny_model))
     assert engine.asked == ["sleep 1", "wake", "compute_weight_checksums"]
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cuda", ["sleep 1", "wake"]), ("cpu", [])])
+def test_an_engine_sleeps_once_and_wakes_only_from_sleep(
+    engine: CardEngine, device: str, asked: list[str]
+) -> None:
+    """Judges wake at each question, however often they were put to sleep before it."""
+    built = InProcessEngine(engine_options(device))
+    built.sleep()
+    assert not built.wake(), "what has not started does not sleep"
+    built._llm = engine
+    assert not built.wake()
+    built.sleep()
+    built.sleep()
+    assert (built.wake(), built.wake()) == (device == "cuda", False)
+    assert engine.asked == asked
 
 
 def test_weights_that_changed_in_their_sleep_are_fatal(
@@ -93,14 +107,13 @@ def test_a_load_is_what_the_next_wake_is_compared_with(
     assert loaded.version == 4
 
 
-def test_a_card_is_shared_by_sleeping_and_a_cpu_is_not(tiny_model: Path) -> None:
-    options = engine_options(str(tiny_model), (0,))
-    on_card = vllm_compat.engine_arguments(replace(options, device="cuda"))
-    assert on_card == {
+def test_a_card_is_shared_by_sleeping_and_a_cpu_is_not() -> None:
+    options = engine_options()
+    assert device_arguments(options, "cuda") == {
         "gpu_memory_utilization": options.gpu_memory_share,
         "enable_sleep_mode": True,
     }
-    assert "enable_sleep_mode" not in vllm_compat.engine_arguments(options)
+    assert "enable_sleep_mode" not in device_arguments(options, "cpu")
 
 
 def test_the_learner_lets_go_before_the_engine_wakes(tiny_model: Path, tmp_path: Path) -> None:
@@ -158,12 +171,24 @@ SMALL = {
 
 
 @pytest.mark.engine
-def test_the_t4_preset_goes_round_on_a_cpu(tiny_model: Path, tmp_path: Path) -> None:
-    """NF4 base, LoRA, fp16 with loss scaling, checkpointed activations, a real vLLM engine.
+@pytest.mark.parametrize(
+    "sync",
+    [
+        {"rollout.sync": "merged"},
+        # The plugin multiplies in bf16, which shows in so small a model's wide weights.
+        {"rollout.sync": "adapter", "rollout.parity_tolerance": "0.2"},
+    ],
+    ids=["merged", "adapter"],
+)
+def test_the_t4_preset_goes_round_on_a_cpu(
+    sync: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    """NF4 base, LoRA, fp16 with loss scaling, checkpointed activations, a real vLLM engine that is
+    given merged weights, or the adapter alone on an NF4 base of its own.
 
-    What a CPU leaves out: the adapter travels merged, and nothing has to sleep.
+    What a CPU leaves out: nothing has to sleep.
     """
-    given = [f"--{key}={value}" for key, value in SMALL.items()]
+    given = [f"--{key}={value}" for key, value in (SMALL | sync).items()]
     place = [f"--run.directory={tmp_path}", "--run.name=t4", f"--model.path={tiny_model}"]
     config = str(ROOT / "configs" / "qwen2.5-7b-instruct-qlora-t4.yaml")
     ended = subprocess.run(
@@ -186,3 +211,4 @@ def test_the_t4_preset_goes_round_on_a_cpu(tiny_model: Path, tmp_path: Path) -> 
     moved = [name for name, weight in adapter.items() if "lora_B" in name and weight.any()]
     assert moved, "the adapter was trained"
     assert "published version 1: " in ended.stdout
+    assert f"weights {sync['rollout.sync']}" in ended.stdout

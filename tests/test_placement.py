@@ -149,7 +149,7 @@ def test_bf16_needs_ampere(precision: str, capability: tuple[int, int], refused:
 
 def test_an_nf4_base_needs_the_plugin_that_serves_it() -> None:
     """vLLM itself no longer reads bitsandbytes; merged weights are dequantised and need nothing."""
-    with pytest.raises(InputError, match="pip install vllm-bnb-plugin"):
+    with pytest.raises(InputError, match=r"pip install 'pairloop\[vllm-nf4\]'"):
         place(asked("auto", "vllm", "auto", "qlora"), True, True, vllm_nf4=False)
     for sync, tuning in (("merged", "qlora"), ("auto", "lora")):
         assert place(asked("auto", "vllm", sync, tuning), True, True, vllm_nf4=False)

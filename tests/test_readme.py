@@ -1,26 +1,58 @@
-"""What README and the configs tell people to run, runs."""
+"""What README and the configs tell people to run, runs: each command as it is printed there.
+
+Where that would take minutes, a GPU or a network, a flag makes it say what it would do (`SHORT`).
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import fakes
+import polars as pl
 import pytest
+import report_runs
 
+import launch
 from launch.cli import main
+from launch.doctor import probes
+from rlhf import RunConfig, config_io, load_config
+from rollout.judges.cache import FILE, Entry, VerdictCache
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/*/*.yaml")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECORD = '{"prompt": "Is %s open?", "reference": "Yes.", "cluster": "%s"}\n'
+COMMAND = re.compile(r"^(?:git|make|pairloop|pip|python) .+$", re.M)
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    """Fenced pieces of README in a language; "" for those that name none."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
+    return [piece for named, piece in fenced if named == language]
+
+
+def commands(text: str) -> list[str]:
+    """The commands in a piece of README, without their comments."""
+    return [line.split("  #")[0].strip() for line in COMMAND.findall(text)]
+
+
+def told() -> list[list[str]]:
+    """README's commands: those of a block together, in order, and those in the text each alone."""
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
+    alone = [c for span in spans for c in commands(span)]
+    together = [commands(b) for lang in ("sh", "") for b in blocks(lang)]
+    return [*filter(None, together), *([c] for c in dict.fromkeys(alone))]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
@@ -52,25 +84,177 @@ def test_a_config_opens_with_hardware_time_and_a_command_that_runs(
         assert main([*command, *(planned if "--dry-run" not in command else [])]) == 0
 
 
-def test_the_commands_of_the_tour_run(
+SHORT = {"pairloop train": "--dry-run", "pairloop demo": "--dry-run", "python": "--help"}
+"""What is added to commands that begin so. Whole runs: tests/test_demo.py and test_kill.py;
+benchmarks take minutes to hours."""
+
+NOT_RUN = {
+    "git clone <this repository> pairloop && cd pairloop": "it has no address yet",
+    "pip install -c constraints/gpu.txt '.[vllm,qlora,vllm-nf4]'": "gigabytes of CUDA",
+}
+
+SHOWS = {
+    "make demo": "bin/pairloop demo",
+    "make setup": "pip install -c constraints/",
+    "make screenshots": "docs/screenshots.py runs/demo docs/images",
+    "pairloop train run.yaml --dry-run": "path: HuggingFaceTB/SmolLM2-135M-Instruct",
+    "pairloop train run.yaml": "train 1 (1 clusters",
+    "pairloop train run.yaml more.yaml --rollout.temperature 0.8": "temperature: 0.8",
+    "pairloop presets": "qwen2.5-7b-instruct-qlora-t4",
+    "pairloop init qwen2.5-7b-instruct-qlora-t4 > run.yaml": "tuning: qlora",
+    "pairloop train run.yaml --dry-run --machine 1xT4-16GB": "GPU        fits",
+    "pairloop config": "samples_per_prompt",
+    "pairloop demo --transformers": "engine: transformers",
+    "pairloop judge calibrate --verdicts verdicts.jsonl --gold gold.jsonl": "refused",
+    "pairloop judge calibrate run.yaml": "certificate: certificates/",
+    "pairloop judge cache RUN": "org/reader",
+    "pairloop pairs analyze train.jsonl test.jsonl": "identical",
+    "pairloop pairs filter train.jsonl kept.jsonl --fallen fallen.jsonl": "kept.jsonl",
+    "pairloop pairs convert kept.jsonl kto.parquet --to labels-chat": "kto.parquet",
+    "pairloop report runs/demo": "runs/demo/report.html",
+    "pairloop doctor": "checks: ",
+    "pairloop doctor run.yaml": "checks: ",
+    "python benchmarks/memory.py": "--case",
+    "python benchmarks/selection.py": "--contestants",
+    "python benchmarks/duplicates.py": "--threshold",
+}
+"""Each command of README, and words of what it prints."""
+
+
+def jsonl(path: Path, *records: dict[str, Any]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def own_run(folder: Path) -> None:
+    """The tour's files, as README shows them."""
+    (folder / "run.yaml").write_text(blocks("yaml")[0])
+    (folder / "more.yaml").write_text("rounds: {count: 1}\n")
+    (folder / "my_checks.py").write_text(blocks("python")[0] + "\n\noverlap = verify\n")
+    for split in ("train", "gate", "final"):
+        (folder / f"{split}.jsonl").write_text(RECORD % (split, split))
+
+
+def judged(folder: Path) -> None:
+    """Verdicts, gold labels, and a config that names both."""
+    own_run(folder)
+    named = "calibration: {verdicts: verdicts.jsonl, gold: gold.jsonl}\n"
+    (folder / "run.yaml").write_text(blocks("yaml")[0] + named)
+    items = [{"item_id": f"q{i // 2}-{i % 2}", "dimension": "style"} for i in range(80)]
+    said = {"judge": "kim", "score": 0.5}
+    jsonl(
+        folder / "verdicts.jsonl",
+        *({**item, **said, "prompt_id": item["item_id"].split("-")[0]} for item in items),
+    )
+    jsonl(folder / "gold.jsonl", *({**item, "score": i % 2} for i, item in enumerate(items)))
+
+
+def paired(folder: Path) -> None:
+    """Two preference files; in the first, one pair of 30 teaches nothing."""
+    rows = [{"prompt": f"Q{i}?", "chosen": f"Answer {i}.", "rejected": "No."} for i in range(31)]
+    jsonl(folder / "train.jsonl", *rows[:29], {**rows[29], "chosen": "No."})
+    jsonl(folder / "test.jsonl", rows[30])
+
+
+def ran(folder: Path) -> None:
+    """`runs/demo`, finished, under the name `RUN` too, with a kept verdict."""
+    own_run(folder)
+    config = report_runs.make_config(folder / "runs", run={"name": "demo"})
+    done = report_runs.Runs(config, [0.5, 0.6, 0.7]).finish()
+    kept = VerdictCache()
+    kept.open(done / "judges" / FILE)
+    kept.keep([Entry("key", "reader", "org/reader", {"score": 0.5})])
+    kept.close()
+    (folder / "RUN").symlink_to(done)
+
+
+PLACES: dict[str, Callable[[Path], None]] = {
+    "pairloop judge calibrate": judged,
+    "pairloop judge cache": ran,
+    "pairloop pairs": paired,
+    "pairloop report": ran,
+}
+"""What makes the files that commands name, where it is not `own_run`."""
+
+
+def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command prints; in this process, so that its imports are paid once."""
+    given, _, target = command.partition(" > ")
+    program, *words = shlex.split(given)
+    added = next((flag for start, flag in SHORT.items() if given.startswith(start)), None)
+    words += [added] if added is not None and added not in words else []
+    if program == "make":
+        told = subprocess.run(
+            ["make", "-B", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return told.stdout
+    if program == "python":
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="^0$"):
+            patch.setattr(sys, "argv", words)
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        return capsys.readouterr().out
+    assert program == "pairloop", f"no test knows how to run {command}"
+    # The doctor says 1 where this machine lacks something.
+    assert main(words) in ((0, 1) if words[0] == "doctor" else (0,))
+    shown = capsys.readouterr().out
+    if target:
+        Path(target).write_text(shown)
+    return shown
+
+
+@pytest.mark.parametrize("together", told(), ids=lambda together: together[0])
+def test_the_commands_of_the_readme_run(
+    together: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probes, "ask_child", ask_child)
+    make = next((PLACES[start] for start in PLACES if together[0].startswith(start)), own_run)
+    make(tmp_path)
+    for command in together:
+        if command in NOT_RUN:
+            continue
+        assert command in SHOWS, f"README tells people to run a new command: {command}"
+        assert SHOWS[command] in run(command, capsys)
+
+
+ask_child = cache(probes.ask_child)
+"""Libraries are imported for the doctor once, however often it is asked."""
+
+
+def test_nothing_is_expected_that_the_readme_no_longer_tells() -> None:
+    assert {c for together in told() for c in together} == set(SHOWS) | set(NOT_RUN)
+
+
+def test_what_the_commands_on_pairs_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The README's run.yaml and verifier, as they stand there, through its own commands."""
-    (tmp_path / "run.yaml").write_text(blocks("yaml")[0])
-    (tmp_path / "more.yaml").write_text("rounds: {count: 1}\n")
-    checks = blocks("python")[0]
-    (tmp_path / "my_checks.py").write_text(checks + "\n\noverlap = verify\n")
-    for split in ("train", "gate", "final"):
-        (tmp_path / f"{split}.jsonl").write_text(RECORD % (split, split))
     monkeypatch.chdir(tmp_path)
-    tour = blocks("sh")[0]
-    commands = [shlex.split(line, comments=True)[1:] for line in tour.splitlines() if line.strip()]
-    assert len(commands) == 3
-    for command in commands:
-        assert main([*[c for c in command if c != "--dry-run"], "--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    assert "temperature: 0.8" in shown
-    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in shown
+    paired(tmp_path)
+    (together,) = (block for block in told() if "pairs" in block[0])
+    for command in together:
+        run(command, capsys)
+    assert [len(Path(f"{n}.jsonl").read_text().splitlines()) for n in ("kept", "fallen")] == [29, 1]
+    assert pl.read_parquet("kto.parquet")["label"].to_list() == [True, False] * 29
+
+
+def test_extras_that_the_readme_names_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = re.findall(r"(?:pairloop|'\.)\[([\w,-]+)\]", README)
+    assert named
+    assert {e for some in named for e in some.split(",")} <= set(extras["optional-dependencies"])
+
+
+@pytest.mark.parametrize("index", range(len(blocks("yaml"))))
+def test_every_piece_of_yaml_is_a_config(index: int, tmp_path: Path) -> None:
+    """Alone, or merged into the tour's; one that begins in the middle of a list goes on there."""
+    piece = blocks("yaml")[index]
+    text = f"judges:\n  panel:\n{piece}" if piece.startswith("    - ") else piece
+    (tmp_path / "tour.yaml").write_text(blocks("yaml")[0])
+    (tmp_path / "piece.yaml").write_text(text)
+    loaded = config_io.load([tmp_path / "tour.yaml", tmp_path / "piece.yaml"])
+    assert loaded.judges.panel
 
 
 def test_the_verifier_of_the_tour_scores() -> None:
@@ -85,38 +269,33 @@ def test_the_verifier_of_the_tour_scores() -> None:
     assert verify(prompt, said) == {"correctness": 1.0, "style": 1.0}
 
 
-def test_the_commands_of_the_presets_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_lines_of_python_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (block,) = (b for b in blocks("sh") if "pairloop init" in b)
-    monkeypatch.chdir(tmp_path)
-    for line in block.splitlines():
-        command, _, target = line.partition(" > ")
-        assert main(shlex.split(command)[1:]) == 0
-        shown = capsys.readouterr().out
-        if target:
-            (tmp_path / target).write_text(shown)
-    assert "GPU        fits" in shown
+    """As printed, on a preset that is small: what its comment promises is there."""
+    small = fakes.run_values(tmp_path, tiny_model)
+    small["rollout"]["max_new_tokens"] = 4
+
+    def preset(name: str, settings: dict[str, Any]) -> RunConfig:
+        assert launch_preset(name, settings).rounds.count == 1
+        return load_config(settings={**small, **settings})
+
+    launch_preset = launch.preset
+    monkeypatch.setattr(launch, "preset", preset)
+    scope: dict[str, Any] = {}
+    exec(blocks("python")[1], scope)
+    run = scope["run"]
+    assert set(run.change["dimension"]) >= {"reward", "correctness"}
+    assert run.pairs(1).height > 0
+    assert (run.policy / "adapter_model.safetensors").is_file()
 
 
-def test_every_command_of_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    """Those of the tour and the presets run here, the others in the tests of their modules."""
-    spans = [
-        *re.findall(r"```\w*\n(.*?)```", README, re.DOTALL),
-        *re.findall(r"`([^`\n]+)`", README),
-    ]
-    named = {name for span in spans for name in re.findall(r"^pairloop ([a-z]+)", span, re.M)}
-    assert named >= {"train", "demo", "config", "init", "presets", "doctor", "report"}
-    for name in named:
-        assert main([name, "--help"]) == 0
-    assert "Usage" in capsys.readouterr().out
-
-
-def test_the_other_commands_of_the_readme_are_known(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config"]) == 0
-    assert "samples_per_prompt" in capsys.readouterr().out
-    assert main(["demo", "--dry-run"]) == 0
-    assert main(["demo", "--transformers", "--dry-run"]) == 0
+def test_the_examples_tell_the_commands_of_their_configs() -> None:
+    for config in ROOT.glob("examples/*/*.yaml"):
+        header = "\n".join(line.lstrip("# ") for line in config.read_text().splitlines())
+        readme = (config.parent / "README.md").read_text()
+        assert commands(readme)
+        assert set(commands(readme)) <= set(commands(header))
 
 
 def test_files_that_the_readme_names_are_there() -> None:

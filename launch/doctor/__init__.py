@@ -32,6 +32,8 @@ def needs_of(config: RunConfig) -> Needs:
     """What a config asks of the machine."""
     extras = {"vllm"} if config.rollout.engine == "vllm" else set()
     extras |= {"qlora"} if config.model.tuning == "qlora" else set()
+    if {"vllm", "qlora"} <= extras and config.rollout.sync != "merged":
+        extras.add("vllm-nf4")
     extras |= set(config.tracking.trackers)
     return Needs(
         Path(config.run.directory),

@@ -20,6 +20,11 @@ from launch.doctor.facts import (
 )
 
 _TRANSFORMERS = "--rollout.engine transformers"
+_WITHOUT = {
+    "vllm": ("Transformers samples without it", _TRANSFORMERS),
+    "vllm-nf4": ("merged weights do without it", "--rollout.sync merged"),
+}
+"""Extras that PyPI has for GPUs only -> what goes on without each."""
 
 
 def python(version: tuple[int, int, int]) -> Finding:
@@ -57,12 +62,15 @@ def _extra(extra: str, packages: Packages, needs: Needs) -> Finding:
     wanted = [w for w in packages.wanted if w.extra == extra]
     if any(packages.version(w.name) is None for w in wanted):
         remedy, command = "to have it", packages.with_extra(extra)
-        if extra == "vllm" and not packages.gpu:
+        needed = extra in needs.extras
+        if extra in _WITHOUT and not packages.gpu:
             # PyPI's vLLM is for GPUs; a checkout's `make setup` brings the build for CPUs.
-            remedy, command = "Transformers samples without it", _TRANSFORMERS
+            remedy, command = _WITHOUT[extra]
             if packages.checkout:
                 remedy, command = "to have its build for CPUs", "make setup"
-        if extra in needs.extras:
+            # There adapters are merged into the weights unless the config says otherwise.
+            needed = needed and extra == "vllm"
+        if needed:
             return Finding(name, "fail", "not installed, and the config needs it", remedy, command)
         return Finding(name, "n.a.", "not installed", remedy, command)
     for requirement in wanted:

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import permutations
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from rlhf.config_judges import LlmSpec
 from rlhf.errors import InputError
 from rlhf.files import read_json, write_json
 from rlhf.types import Completion, Prompt, Score
+from rollout.imports import resolve_path
 from rollout.judges import questions
 from rollout.judges.backends import Answer, Backend, Call
+from rollout.judges.cache import weights_of
 from rollout.judges.fence import Fence, flagged
 from rollout.judges.rubric import Rubric, load
 from rollout.judges.verdicts import (
@@ -123,6 +126,13 @@ class LlmJudge:
         (group,) = (g for g in asked_together(self.spec) if dimension in g)
         said = [self.spec.mode, self.spec.grade, self._call(self._probe(group)).key]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+    @cached_property
+    def weights(self) -> str | None:
+        """What tells these weights from others: the SHA-256 of a local model's, a hub id's
+        revision; None where it may change."""
+        local = self.spec.backend == "vllm" and resolve_path(self.spec.model).exists()
+        return weights_of(self.spec.model, None) if local else self.spec.revision
 
     def score(self, items: Items) -> list[Score]:
         """One `Score` for every item and dimension, in that order."""
@@ -261,12 +271,16 @@ class LlmJudge:
     def _call(self, question: Question) -> Call:
         group = {dimension: self.rubrics[dimension] for dimension in question.group}
         longest = self.spec.max_tokens * len(group)
+        best_first = self.spec.scale_order == "descending"
         if self.spec.mode == "pairwise":
             first, second = question.texts
-            messages = questions.comparing(question.prompt, first, second, group, self._fence)
+            messages = questions.comparing(
+                question.prompt, first, second, group, self._fence, best_first
+            )
             schema = questions.comparing_schema(group)
             return Call(messages, schema, longest, nonce=self._fence.nonce)
-        messages = questions.grading(question.prompt, question.texts[0], group, self._fence)
+        (text,) = question.texts
+        messages = questions.grading(question.prompt, text, group, self._fence, best_first)
         # Providers differ in how many they give; five are given by all.
         most = max(5, *(len(rubric.grades) for rubric in group.values()))
         alternatives = most if self._expected else 0
