@@ -160,7 +160,7 @@ def agreement(run: RunView) -> list[Alike]:
     if not tables:
         return []
     whole = pl.concat(tables, how="diagonal")
-    audits = [f"{j.name}: {d}" for j in run.config.judges.audit for d in j.dimensions]
+    audits = [_audit_name(j, d) for j in run.config.judges.audit for d in j.dimensions]
     panel = [REWARD, *run.config.judges.dimensions]
     found = []
     for other in audits:
@@ -187,11 +187,16 @@ def _held_out(run: RunView, round: RoundView) -> pl.DataFrame | None:
     wide = wide.with_columns(reward_expression(run.config.weights).alias(REWARD))
     for judge in run.config.judges.audit:
         own = score_wide(stored.filter(judge=judge.name), judge.dimensions)
-        own = own.rename({d: f"{judge.name}: {d}" for d in judge.dimensions})
+        own = own.rename({d: _audit_name(judge, d) for d in judge.dimensions})
         wide = wide.join(own, on=_KEY, how="left", maintain_order="left")
     return wide.join(clusters, on="prompt_id", how="left", maintain_order="left").with_columns(
         round=pl.lit(round.index)
     )
+
+
+def _audit_name(judge: JudgeSpec, dimension: str) -> str:
+    """What no dimension of the panel is called."""
+    return f"{judge.name} (audit)" if judge.name == dimension else f"{judge.name}: {dimension}"
 
 
 def _within(table: pl.DataFrame, one: str, other: str, resamples: int) -> Metric | None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from calibrations import ORIGIN, of_pairs, of_scores
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from report_runs import Runs, make_config
 
 from rlhf.files import write_parquet
 from rlhf.report import write_report
+from rlhf.report.calibration import write_calibration
 
 EVIL = "<script>alert(1)</script></script><img src=x onerror=alert(2)>\u202e]]>"
 WIDTHS = (1280, 390)
@@ -163,3 +165,27 @@ def test_numbers_are_unfolded_for_print(page: Page) -> None:
     expect(folded).to_have_count(0)
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     expect(folded).to_have_count(before)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_calibration_fits_its_window_and_a_link_opens_its_judge(
+    width: int, chromium: Browser, tmp_path: Path
+) -> None:
+    found = of_scores() + 3 * of_pairs() + 3 * of_scores(offset=0.2)
+    path = write_calibration(tmp_path / "page.html", found, ORIGIN, "--report")
+    said: list[str] = []
+    page = chromium.new_page(viewport={"width": width, "height": 900})
+    page.set_default_timeout(10_000)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(path.as_uri())
+    assert no_sideways_scroll(page)
+    judges = page.locator("details.judge")
+    expect(judges).to_have_count(7)
+    expect(judges.nth(4)).not_to_have_attribute("open", "")
+    page.locator("a[href='#judge-4']").click()
+    expect(judges.nth(4)).to_have_attribute("open", "")
+    expect(judges.nth(4).locator(".reasons")).to_be_in_viewport()
+    assert no_sideways_scroll(page)
+    page.close()
+    assert said == []

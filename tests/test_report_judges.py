@@ -176,10 +176,10 @@ def test_drift_and_the_audit_of_pairs_are_shown_where_they_were_recorded(tmp_pat
         "audit", lambda: {"pairs": 20, "judges": [audit], "inverted": inverted}
     )
     page = html.unescape(render(RunView(runs.close())))
-    assert "judge reader on correctness: scores moved by 0.080" in page
+    assert "judge reader on correctness: scores moved by 0.080. Each round asks 2 times" in page
     assert "▼ drifted" in page
     assert "must say the same each time: rules on style" in page
-    assert f"{inverted} 20 pairs of the last round" in page
+    assert f"{inverted}. 20 pairs of the last round" in page
     assert "▼ inverted" in page
 
 

@@ -89,6 +89,19 @@ def gap_panel(points: Sequence[Point], label: str, limits: tuple[float, float]) 
 
 
 @styled
+def agreement_panel(points: Sequence[Point], label: str) -> Markup:
+    """A correlation round by round: a triangle where its interval says that it is above or below
+    zero."""
+    axes = _small((-1.08, 1.08))
+    shown = points[-_ROUNDS_SHOWN:]
+    for x, point in enumerate(shown):
+        found = _found(point)
+        _whisker(axes, x, point, _color(found), marker=_marker(found))
+    _round_ticks(axes, list(range(len(shown))), [p.round for p in shown])
+    return svg_of(axes.figure, label)
+
+
+@styled
 def watch_panel(
     points: Sequence[Point], limit: float, label: str, limits: tuple[float, float]
 ) -> Markup:

@@ -135,12 +135,11 @@ def _alike(run: RunView, found: Sequence[Alike]) -> dict[str, Any] | None:
         for two in twos
     }
     drawn = {two: points for two, points in series.items() if points}
-    limits = charts.shared_limits(list(drawn.values()))
     return {
         "lead": _alike_lead(whole),
         "panels": [
             (one, f"{other}, {_latest(points)}",
-             charts.gap_panel(points, f"{one} and {other}: rank correlation by round", limits))
+             charts.agreement_panel(points, f"{one} and {other}: rank correlation by round"))
             for (one, other), points in list(drawn.items())[:_PANELS]
         ],
         "left_out": max(0, len(drawn) - _PANELS),
@@ -196,7 +195,7 @@ def _canaries(run: RunView) -> dict[str, Any] | None:
     limits = charts.shared_limits([*moved.values(), [Point(0, limit, None, None)]])
     fixed = [f"{e['judge']} on {e['dimension']}" for e in last["judges"] if e["fixed"]]
     return {
-        "lead": " ".join([*last["stops"], *last["warnings"]])
+        "lead": " ".join(f"{text}." for text in (*last["stops"], *last["warnings"]))
         or "No judge has drifted beyond the limit.",
         "sizes": ", ".join(f"{n} ({name})" for name, n in last["answers"].items() if n),
         "askings": last["askings"],
@@ -257,8 +256,9 @@ def _pair_audit(run: RunView) -> dict[str, Any] | None:
         return None
     last = records[-1][1]
     return {
-        "lead": last["inverted"]
-        or "No audit judge prefers the rejected answers of the pairs that trained.",
+        "lead": last["inverted"] + "."
+        if last["inverted"]
+        else "No audit judge prefers the rejected answers of the pairs that trained.",
         "pairs": last["pairs"],
         "table": table("Blind audit of each round's pairs", rows, "dimension", "round", "verdict"),
     }
