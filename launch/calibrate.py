@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -11,8 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launch.judge import Places
 from rlhf import config_io
-from rlhf.calibration import Finding, Use, calibrate
+from rlhf.calibration import LEFT_OUT, Finding, Use, compared, finding_of
 from rlhf.certificates import JudgeIdentity, write_certificate
 from rlhf.config import RunConfig
 from rlhf.config_calibration import Calibration
@@ -20,6 +22,7 @@ from rlhf.config_judges import VerifierSpec
 from rlhf.config_selection import STANDARD_FLOORS, Selection
 from rlhf.errors import InputError
 from rlhf.files import finite_or_null, sha256_file
+from rlhf.judged import collect
 from rlhf.judgements import read_both
 
 Override = tuple[str, str]
@@ -28,30 +31,34 @@ _SECTIONS = ("calibration.", "selection.floors")
 
 
 def run(
-    config: RunConfig | None,
-    files: tuple[Path | None, Path | None],
-    registry: Path | None,
-    overrides: Sequence[Override],
-    as_json: bool,
+    config: RunConfig | None, places: Places, overrides: Sequence[Override], as_json: bool
 ) -> int:
     """Calibrate the judges of a verdict file; 0, whatever the verdicts are.
 
-    `files` are verdicts and gold, each overriding the config's. Without a config the settings are
-    the defaults with `overrides`, and certificates are written only where `registry` is given.
+    Without a config the settings are the defaults with `overrides`, and certificates are written
+    only where a registry is given. The page is written where `places.report` says, else beside
+    the certificates.
 
     Raises InputError: files that are missing or can't be used, unknown settings.
     """
     settings, use = _settings(config, overrides)
-    verdicts_path = _file(files[0], settings.verdicts, "verdicts")
-    gold_path = _file(files[1], settings.gold, "gold")
-    verdicts, gold = read_both(verdicts_path, gold_path)
-    findings = calibrate(verdicts, gold, settings, use)
+    verdicts_path = _file(places.verdicts, settings.verdicts, "verdicts")
+    gold_path = _file(places.gold, settings.gold, "gold")
+    judged = compared(collect(*read_both(verdicts_path, gold_path), settings.repeats))
+    findings = [finding_of(forms, use(forms[0].dimension), settings) for forms in judged]
+    registry = places.registry
     if registry is None and config is not None:
         registry = Path(settings.registry)
     written = []
     if registry is not None:
         known = _identities(config)
         written = _certify(findings, registry, sha256_file(gold_path), settings, known)
+    report = places.report or (registry and registry / _page_name(verdicts_path, gold_path))
+    if report:
+        from rlhf.report.calibration import Origin, write_calibration
+
+        origin = Origin(str(verdicts_path), str(gold_path), settings.bootstrap)
+        write_calibration(report, list(zip(findings, judged, strict=True)), origin, "--report")
     if as_json:
         listed = [finite_or_null(finding.as_json()) for finding in findings]
         print(json.dumps(listed, indent=2, ensure_ascii=False, allow_nan=False))
@@ -61,7 +68,14 @@ def run(
         print(f"certificate: {path}")
     if not written:
         print("no certificate was written: name a folder with --registry")
+    print(f"plots: {report}" if report else "no plots were drawn: name a file with --report")
     return 0
+
+
+def _page_name(verdicts: Path, gold: Path) -> str:
+    """One page for each pair of files, so that a certificate's page stays beside it."""
+    both = sha256_file(verdicts) + sha256_file(gold)
+    return f"calibration-{hashlib.sha256(both.encode()).hexdigest()[:12]}.html"
 
 
 def _settings(
@@ -132,23 +146,13 @@ def _show(findings: Sequence[Finding]) -> None:
         console.width = 160
     for finding in findings:
         console.print(_metrics(finding))
-        left_out = [f"{count} {why}" for why, count in _left_out(finding) if count]
+        left_out = [f"{n} {LEFT_OUT[why]}" for why, n in finding.left_out.items() if n]
         if left_out:
             console.print(f"left out: {', '.join(left_out)}")
         for reason in finding.reasons:
             console.print(f"- {reason}")
         console.print()
     console.print(_verdicts(findings))
-
-
-def _left_out(finding: Finding) -> list[tuple[str, int]]:
-    words = {
-        "no_gold": "with a verdict but no gold label",
-        "no_verdict": "with a gold label but no verdict",
-        "abstained": "abstentions (wrong where shares are counted)",
-        "no_majority": "without a majority",
-    }
-    return [(words[name], count) for name, count in finding.left_out.items()]
 
 
 def _metrics(finding: Finding) -> Table:

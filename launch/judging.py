@@ -9,6 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
+from rlhf.canaries import Watch
 from rlhf.certificates import JudgeIdentity, Standing, require_certificates
 from rlhf.config import RunConfig
 from rlhf.files import make_folder, write_json
@@ -17,6 +18,7 @@ from rlhf.protocols import Serving as ServingProtocol
 from rlhf.types import Completion, Prompt, scores_table
 from rlhf.verdict import STANDINGS
 from rollout.judges.cache import FILE, VerdictCache
+from rollout.judges.canaries import ask_anew, read_gold, watched
 from rollout.judges.identity import identity
 from rollout.judges.panel import build, check_abstentions, score_all, suspicious
 
@@ -37,6 +39,13 @@ class Judging:
         self._audit = build(config.judges.audit, "judges.audit", device, self._cache)
         self._limit = config.judges.max_abstention
         self._standings = require_certificates(config, identities(self._panel), datetime.now(UTC))
+        self.watch = Watch(
+            ask=lambda items: ask_anew([*self._panel, *self._audit], items, self._cache),
+            audit=lambda items: scores_table(score_all(self._audit, items)),
+            judges=watched(config, self._panel, self._audit, self._standings),
+            gold=read_gold(config),
+        )
+        """How the run watches them."""
         self._say: Callable[[str], None] = print
 
     @property

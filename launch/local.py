@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def rehearse(config: RunConfig) -> str:
     uncertified = [
         f"{s.judge} on {s.dimension}: uncertified ({s.status})" for s in judging.uncertified
     ]
-    return "\n".join([_counted(pools), *_calls(config, pools), *uncertified])
+    return "\n".join([_counted(pools), *_calls(config, pools, judging), *uncertified])
 
 
 @contextmanager
@@ -123,7 +124,7 @@ def _wired(
     )
     tokenizer = load_tokenizer(config.model, path)
     pools = load_pools(config.prompts, config.run.seed, prompt_encoder(tokenizer))
-    for line in (_counted(pools), *_calls(config, pools)):
+    for line in (_counted(pools), *_calls(config, pools, judging)):
         watch.terminal.say(line)
     policy = Policy(config.model, path, plan.device, config.run.seed)
     learner = Learner(policy, config)
@@ -146,6 +147,7 @@ def _wired(
             final=pools.final,
             score=judging.score,
             check_scores=judging.check,
+            watch=judging.watch,
             prompt_table=prompt_table,
             counts=pools.counts,
             reporter=watch.terminal,
@@ -170,26 +172,27 @@ def _generator(config: RunConfig, plan: Plan, policy: Any, pools: Pools) -> Gene
             plan.device,
             rollout.max_concurrency,
         )
-    from rollout.vllm_compat import EngineOptions
-    from rollout.vllm_generator import VllmGenerator
+    from rollout.vllm_engine import EngineOptions
+    from rollout.vllm_generator import Served, VllmGenerator
 
     longest = max(len(p.token_ids) for p in (*pools.train, *pools.gate, *pools.final))
     return VllmGenerator(
-        EngineOptions(
+        Served(
             base=policy.path,
-            tokenizer=policy.path,
+            stop_ids=policy.stop_ids,
+            lora_rank=config.model.lora.rank,
+            quantised=config.model.tuning == "qlora",
+        ),
+        EngineOptions(
             dtype=policy.dtype,
             device=plan.device,
-            quantised=config.model.tuning == "qlora",
-            lora_rank=config.model.lora.rank,
             # One more: scoring a full-length sequence asks the engine for one token.
             max_length=longest + rollout.max_new_tokens + 1,
             max_concurrency=rollout.max_concurrency,
             memory_gib=rollout.memory_gib,
             gpu_memory_share=rollout.gpu_memory_share,
             seed=config.run.seed,
-            stop_ids=policy.stop_ids,
-        )
+        ),
     )
 
 
@@ -200,14 +203,16 @@ def _is_file(config: RunConfig) -> bool:
 def _counted(pools: Pools) -> str:
     shown = [
         f"{split} {c['kept']} ({c['clusters']} clusters; dropped {c['duplicates']} duplicates, "
-        f"{c['too_long']} too long)"
+        f"{c['near_duplicates']} near-duplicates, {c['too_long']} too long)"
         for split, c in pools.counts.items()
     ]
     return "prompts: " + "; ".join(shown)
 
 
-def _calls(config: RunConfig, pools: Pools) -> list[str]:
-    return planned_calls(config, len(pools.train), len(pools.gate), len(pools.final))
+def _calls(config: RunConfig, pools: Pools, judging: Judging) -> list[str]:
+    gold = Counter(canary.prompt.prompt_id for canary in judging.watch.gold)
+    sizes = len(pools.train), len(pools.gate), len(pools.final)
+    return planned_calls(config, *sizes, list(gold.values()))
 
 
 def _parity_line(found: dict[str, Any]) -> str:

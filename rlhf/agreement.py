@@ -162,6 +162,38 @@ def spearman(x: Floats, y: Floats, clusters: Codes, resamples: int) -> Metric | 
     return _metric(estimate, len(codes), -1.0, 1.0)
 
 
+def spearman_within(
+    x: Floats, y: Floats, prompts: Codes, clusters: Codes, resamples: int
+) -> Metric | None:
+    """Spearman's correlation within prompts: how far `x` and `y` order one prompt's answers alike.
+
+    Mid-ranks within each prompt, less their mean there; then sum of products over the root of the
+    sums of squares, all prompts together. What sets prompts apart does not enter. `n` counts the
+    answers of prompts with two or more that have both scores.
+    """
+    both = ~np.isnan(x) & ~np.isnan(y)
+    if not both.any():
+        return None
+    own, number_of_prompts = _codes(prompts[both])
+    codes, number = _codes(clusters[both])
+    counted = np.bincount(own, minlength=number_of_prompts)
+    centred = []
+    for values in (x[both], y[both]):
+        _, places = np.unique(values, return_inverse=True)
+        # Ranks in the order of prompts, then values: less the prompt's mean they are its own ranks.
+        ranks = stats.rankdata(own * (places.max() + 1) + places)
+        centred.append(ranks - (np.bincount(own, weights=ranks) / counted)[own])
+    rank_x, rank_y = centred
+    table = _sums(codes, number, rank_x * rank_x, rank_y * rank_y, rank_x * rank_y)
+
+    def statistic(counts: Floats) -> Floats:
+        xx, yy, xy = (counts @ table).T
+        return divide(xy, np.sqrt(xx * yy))
+
+    several = int(counted[counted > 1].sum())
+    return _metric(cluster_bootstrap(statistic, number, resamples), several, -1.0, 1.0)
+
+
 def partial_spearman(
     x: Floats, y: Floats, given: Floats, clusters: Codes, resamples: int
 ) -> Metric | None:

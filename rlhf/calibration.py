@@ -4,6 +4,10 @@
 for, `rlhf.config.Thresholds`; a bound is always compared with the unfavourable end of the interval.
 A judge is certified for what its dimension is used for: to build pairs it must order two answers to
 one prompt, to be a floor its scores must mean at that floor what gold means.
+
+Gold on answers can decide both. Gold on pairs says nothing of a floor, but people compare more
+surely than they grade; where there is gold of both forms, that on pairs decides about pairs and
+that on answers about the floor.
 """
 
 from __future__ import annotations
@@ -15,14 +19,23 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf.agreement import Metric, majority
+from rlhf.bounds import Bound, bounds, said
 from rlhf.config import RunConfig
-from rlhf.config_calibration import Calibration, Thresholds
+from rlhf.config_calibration import Calibration
 from rlhf.judged import Judged, collect
 from rlhf.judgements import Gold, Verdict
 from rlhf.measures import is_ordinal, measure, outside_unit
 
 Decision = Literal["granted", "refused"]
 Metrics = dict[str, Metric]
+
+LEFT_OUT: Mapping[str, str] = {
+    "no_gold": "with a verdict but no gold label",
+    "no_verdict": "with a gold label but no verdict",
+    "abstained": "abstentions (wrong where shares are counted)",
+    "no_majority": "without a majority",
+}
+"""Why an item does not count, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,7 @@ class Finding:
     judge: str
     dimension: str
     n: int
+    """Items, answers and pairs together."""
     metrics: Metrics
     verdict: Decision
     reasons: tuple[str, ...]
@@ -57,10 +71,12 @@ class Finding:
     """Runs whose mean (or majority) the figures are about."""
     left_out: Mapping[str, int]
     """Items that did not count, by reason."""
+    bounds: tuple[Bound, ...]
+    """What was asked of which metric."""
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready; ends that the data can't bound are infinite until written."""
-        return asdict(self) | {"reasons": list(self.reasons)}
+        return asdict(self) | {"reasons": list(self.reasons), "bounds": [*map(asdict, self.bounds)]}
 
 
 def calibrate(
@@ -71,137 +87,97 @@ def calibrate(
 ) -> list[Finding]:
     """A finding for every judge and dimension with verdicts, in the order of the verdicts.
 
-    `use` says what a dimension is for. Verdicts and gold of a dimension must be of one form
-    (`rlhf.judgements.read_both` sees to it). The same arguments always give the same findings.
+    `use` says what a dimension is for. A metric that verdicts on pairs and on answers both have is
+    that on pairs. The same arguments always give the same findings.
     """
     return [
-        _finding(judged, use(judged.dimension), settings)
-        for judged in collect(verdicts, gold, settings.repeats)
+        finding_of(forms, use(forms[0].dimension), settings)
+        for forms in compared(collect(verdicts, gold, settings.repeats))
     ]
 
 
-def _finding(judged: Judged, use: Use, settings: Calibration) -> Finding:
-    metrics = measure(judged, use.floor, settings.bootstrap)
-    reasons = decide(judged, metrics, use, settings.thresholds)
+def compared(judged: Sequence[Judged]) -> list[list[Judged]]:
+    """By judge and dimension, in their order: answers before pairs, of the forms that have gold;
+    one of them where none has."""
+    by_judge: dict[tuple[str, str], list[Judged]] = {}
+    for found in sorted(judged, key=lambda judged: judged.pairwise):
+        by_judge.setdefault((found.judge, found.dimension), []).append(found)
+    order = dict.fromkeys((found.judge, found.dimension) for found in judged)
+    return [[j for j in by_judge[key] if len(j.values)] or by_judge[key][:1] for key in order]
+
+
+def finding_of(forms: Sequence[Judged], use: Use, settings: Calibration) -> Finding:
+    """What one judge's verdicts on one dimension are worth for this use.
+
+    `forms` are its verdicts on answers, on pairs, or first the one and then the other.
+    """
+    metrics: Metrics = {}
+    for judged in forms:
+        metrics |= measure(judged, use.floor, settings.bootstrap)
+    asked = bounds(forms, metrics, use.floor, settings.thresholds)
+    reasons = decide(forms, metrics, asked, use.floor)
     purposes: dict[str, Decision] = {
-        purpose: "refused" if reasons["both"] or reasons[purpose] else "granted"
+        purpose: "refused" if reasons["any"] or reasons[purpose] else "granted"
         for purpose in ("pairs", "floor")
         if purpose == "pairs" or use.floor is not None
     }
     used = [p for p in purposes if p == "floor" or use.pairs]
     left_out = {
-        "no_gold": judged.without_gold,
-        "no_verdict": judged.without_verdict,
-        "abstained": int(np.isnan(judged.values).sum()),
+        "no_gold": sum(judged.without_gold for judged in forms),
+        "no_verdict": sum(judged.without_verdict for judged in forms),
+        "abstained": sum(int(np.isnan(judged.values).sum()) for judged in forms),
     }
-    if judged.pairwise or is_ordinal(judged.labels):
-        left_out["no_majority"] = int(np.isnan(majority(judged.labels)).sum())
+    voted = [judged.labels for judged in forms if judged.pairwise or is_ordinal(judged.labels)]
+    if voted:
+        left_out["no_majority"] = sum(int(np.isnan(majority(labels)).sum()) for labels in voted)
     return Finding(
-        judge=judged.judge,
-        dimension=judged.dimension,
-        n=len(judged.values),
+        judge=forms[0].judge,
+        dimension=forms[0].dimension,
+        n=sum(len(judged.values) for judged in forms),
         metrics=metrics,
         verdict="granted" if all(purposes[p] == "granted" for p in used) else "refused",
-        reasons=tuple(reasons["both"] + [reason for p in used for reason in reasons[p]]),
+        reasons=tuple(reasons["any"] + [reason for p in used for reason in reasons[p]]),
         purposes=purposes,
         floor=use.floor,
-        votes=judged.votes,
+        votes=max(judged.votes for judged in forms),
         left_out=left_out,
+        bounds=tuple(asked),
     )
 
 
 def decide(
-    judged: Judged, metrics: Metrics, use: Use, thresholds: Thresholds
+    forms: Sequence[Judged], metrics: Metrics, asked: Sequence[Bound], floor: float | None
 ) -> dict[str, list[str]]:
-    """Why not: reasons against any use (`both`), against `pairs` and against the `floor`."""
-    if not len(judged.values):
-        nothing = "no item has both a verdict and a gold label"
-        return {"both": [nothing], "pairs": [], "floor": []}
-    return {
-        "both": list(_against_any(judged, metrics, thresholds)),
-        "pairs": list(_against_pairs(judged, metrics, thresholds)),
-        "floor": list(_against_floor(judged, metrics, use.floor, thresholds)),
-    }
-
-
-def _against_any(judged: Judged, metrics: Metrics, thresholds: Thresholds) -> Iterator[str]:
-    for name, least in sorted(thresholds.agreement.items()):
-        yield from _too_low(metrics, name, least)
-    if "order_consistency" in metrics:
-        yield from _too_low(metrics, "order_consistency", thresholds.order_consistency)
-    first = metrics.get("first_position_rate")
-    shift = thresholds.first_position_shift
-    if first is not None and not (0.5 - shift <= first.low and first.high <= 0.5 + shift):
-        yield (
-            f"first_position_rate may be {_far(first, 0.5):.3f} ({_interval(first)}); "
-            f"{0.5 - shift:.3f} to {0.5 + shift:.3f} is needed"
+    """Why not: reasons against `any` use, against `pairs` and against the `floor`."""
+    found: dict[str, list[str]] = {"any": [], "pairs": [], "floor": []}
+    if not len(forms[0].values):
+        found["any"].append("no item has both a verdict and a gold label")
+        return found
+    prefixes = {"any": "", "pairs": "pairs: ", "floor": f"floor {floor or 0:g}: "}
+    for bound in asked:
+        if reason := bound.failing(metrics.get(bound.metric)):
+            found[bound.purpose].append(prefixes[bound.purpose] + reason)
+    if not any(bound.purpose == "pairs" for bound in asked):
+        found["pairs"].append(
+            "pairs: within_prompt_accuracy can't be measured: no prompt_id has two items whose "
+            "gold labels differ"
         )
-    retest = metrics.get("retest_sd")
-    if retest is not None:
-        spread = float(np.nanstd(judged.runs))
-        most = thresholds.retest_share * spread
-        if not retest.high <= most:
-            yield (
-                f"retest_sd may be as high as {retest.high:.3f} ({_interval(retest)}); at most "
-                f"{most:.3f} is needed, {thresholds.retest_share:g} of the scores' own standard "
-                f"deviation of {spread:.3f}"
-            )
-    length = metrics.get("length_bias")
-    if length is not None and not abs(_far(length, 0.0)) <= thresholds.length_bias:
-        yield (
-            f"length_bias may be {_far(length, 0.0):+.3f} ({_interval(length)}); at most "
-            f"{thresholds.length_bias:.3f} either way is needed"
-        )
+    if floor is not None:
+        found["floor"] += [prefixes["floor"] + why for why in _no_floor(forms[0], metrics, floor)]
+    return found
 
 
-def _against_pairs(judged: Judged, metrics: Metrics, thresholds: Thresholds) -> Iterator[str]:
-    name = "within_prompt_accuracy"
-    if name in metrics or judged.pairwise:
-        found = _too_low(metrics, name, thresholds.within_prompt_accuracy)
-        yield from (f"pairs: {reason}" for reason in found)
-    else:
-        yield (
-            f"pairs: {name} can't be measured: no prompt_id has two items whose gold labels differ"
-        )
-
-
-def _against_floor(
-    judged: Judged, metrics: Metrics, floor: float | None, thresholds: Thresholds
-) -> Iterator[str]:
-    if floor is None:
-        return
-    at = f"floor {floor:g}"
+def _no_floor(judged: Judged, metrics: Metrics, floor: float) -> Iterator[str]:
+    """What no bound on a metric says."""
     if judged.pairwise:
-        yield f"{at}: verdicts on pairs don't say which answers pass a floor"
+        yield "verdicts on pairs don't say which answers pass a floor"
         return
     if outside := outside_unit(judged):
-        yield f"{at}: a floor is a score in [0, 1], but {outside}"
+        yield f"a floor is a score in [0, 1], but {outside}"
         return
-    for name, least in (("precision", thresholds.precision), ("recall", thresholds.recall)):
-        yield from (f"{at}: {reason}" for reason in _too_low(metrics, name, least))
     precision, passing = metrics.get("precision"), float((judged.gold >= floor).mean())
     if precision is not None and not precision.low > passing:
         yield (
-            f"{at}: precision may be as low as {precision.low:.3f} ({_interval(precision)}), no "
-            f"better than letting every answer pass, which gives {passing:.3f}"
+            f"precision may be as low as {precision.low:.3f} ({said(precision)}), no better than "
+            f"letting every answer pass, which gives {passing:.3f}"
         )
-
-
-def _too_low(metrics: Metrics, name: str, least: float) -> Iterator[str]:
-    metric = metrics.get(name)
-    if metric is None:
-        yield f"{name} can't be measured on these items; at least {least:.3f} is needed"
-    elif not metric.low >= least:
-        yield (
-            f"{name} may be as low as {metric.low:.3f} ({_interval(metric)}); at least "
-            f"{least:.3f} is needed"
-        )
-
-
-def _far(metric: Metric, middle: float) -> float:
-    """The end of the interval that lies further from `middle`."""
-    return max(metric.low, metric.high, key=lambda end: abs(end - middle))
-
-
-def _interval(metric: Metric) -> str:
-    return f"{metric.value:.3f}, 95% interval {metric.low:.3f} to {metric.high:.3f}, n {metric.n}"

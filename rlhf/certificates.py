@@ -55,6 +55,9 @@ class Standing:
     status: Status
     reason: str
     certificate: Path | None = None
+    shown: Mapping[str, Any] | None = None
+    """What that certificate says of the dimension (`n`, `floor`, `metrics`, ...), with its `date`,
+    when it `expires` and `gold_hash`."""
 
     @property
     def granted(self) -> bool:
@@ -117,8 +120,10 @@ def find_certificate(
     Raises InputError where the registry holds what is no certificate.
     """
 
+    shown: Mapping[str, Any] | None = None
+
     def standing(status: Status, reason: str, path: Path | None = None) -> Standing:
-        return Standing(identity.judge, dimension, status, reason, path)
+        return Standing(identity.judge, dimension, status, reason, path, shown)
 
     covering = [
         (path, certificate)
@@ -131,6 +136,7 @@ def find_certificate(
     same = [found for found in covering if not _other_judge(found[1], identity)]
     path, certificate = (same or covering)[0]
     entry = certificate["dimensions"][dimension]
+    shown = {**entry, **{name: certificate[name] for name in ("date", "expires", "gold_hash")}}
     differences = [
         *_other_judge(certificate, identity),
         *_other_use(entry, identity, use),
@@ -180,6 +186,16 @@ def require_certificates(
             "to allow and have the report say so"
         )
     return found
+
+
+def retest_sd(standing: Standing) -> float | None:
+    """Standard deviation of one score when the same answer is judged again, as the certificate that
+    is granted has it; None where nobody measured it. Raises InputError where it can't be read."""
+    if not standing.granted or standing.certificate is None:
+        return None
+    certificate = read_json(standing.certificate, "calibrate again")
+    found = certificate["dimensions"][standing.dimension]["metrics"].get("retest_sd")
+    return None if found is None else float(found["value"])
 
 
 def _certificates(registry: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

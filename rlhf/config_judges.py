@@ -94,6 +94,10 @@ class LlmSpec(_Judge):
     grade: Literal["argmax", "expected"] = "expected"
     """Pointwise only. `expected` weighs the grades by their probabilities, since the likeliest of
     five grades alone ties most pairs; `argmax` for endpoints that give no log-probs."""
+    scale_order: Literal["ascending", "descending"] = "ascending"
+    """Order in which the rubric's grades are listed: models lean to what they read first. In an
+    ensemble, members that differ in it are two votes. (Answers that are compared are always shown
+    in both orders.)"""
     one_call: Literal["per_dimension", "all"] = "per_dimension"
     """`all` grades every dimension in one call: cheaper, but the grades colour one another."""
     backend: Literal["vllm", "openai"] = "vllm"
@@ -194,7 +198,8 @@ MemberSpec = Annotated[
 
 class EnsembleSpec(_Judge):
     """Several judges that vote, as one. At temperature 0 the same call again is no second vote, so
-    members must differ: in model, in the rubric's wording (a rubric file of one's own), in mode."""
+    members must differ: in model, in the rubric's wording (a rubric file of one's own), in the
+    order of its grades (scale_order), in mode."""
 
     kind: Literal["ensemble"]
     """Several judges as one."""
@@ -240,13 +245,37 @@ JudgeSpec = Annotated[
 ]
 
 
+class Canaries(Section):
+    """Answers that every round asks the judges about anew, twice, before it trusts their scores: a
+    judge whose scores are no longer those of the first round stops the run."""
+
+    answers: Annotated[int, Field(ge=0)] = 32
+    """Of the start's own answers, two a prompt, drawn in round 1. 32 cost a pointwise judge 64
+    calls a round; where its scores vary by 0.1 when asked again, they find a shift by 0.1 four
+    times in five. 0 asks about none; where a model judge trains, the report then says so."""
+    gold: str | None = None
+    """JSONL file of further canaries whose order is known: a prompt's record (`prompt` or
+    `messages`, `context`, `reference`) with `answers`, a list of {"text": ..., "gold": {dimension:
+    number}}. Adds each round's agreement with gold."""
+    max_drift: Share = 0.05
+    """How far scores of the same answers may move from round 1's (root mean square, or on average),
+    and its agreement with gold, its consistency between orders and its share of answers without a
+    score may worsen. 0.05 is the least margin of a pair: beyond it other pairs are made. Drift has
+    to be sure, the interval's near end beyond it, so that a stable judge hardly ever stops a
+    run."""
+
+
 class Judges(Section):
     """Who scores completions. `audit` judges train nothing: they show gains made by gaming."""
 
     panel: Annotated[list[JudgeSpec], Field(min_length=1)]
     """Judges whose scores train; one a dimension."""
     audit: list[JudgeSpec] = Field(default_factory=list)
-    """Judges that only watch: they score held-out answers."""
+    """Judges that only watch: they score held-out answers, and a sample of each round's pairs."""
+    audit_pairs: Annotated[int, Field(ge=0)] = 20
+    """Pairs of each round, drawn at random, that audit judges score after selection, and that a
+    blind sheet in the round's folder shows to a person: do they prefer what was chosen?"""
+    canaries: Canaries = Canaries()
     cache: str | None = None
     """SQLite file that keeps model judges' verdicts, so that none is asked for twice; runs may
     share one. Default: judges/verdicts.sqlite in the run's folder."""

@@ -51,6 +51,11 @@ class Prompts(Section):
     """System message put before plain-text prompts."""
     template: str = "{prompt}"
     """User message for plain-text prompts; may use {prompt} and {context}."""
+    max_similarity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Prompts that are more alike than this (share of their runs of five characters in common,
+    question and context each; case and spacing aside) count as one: the final split's stand, then
+    gate's. Default: only equal ones fall, since prompts of one template may differ in a number
+    alone and still be different tasks."""
     max_tokens: Annotated[int, Field(ge=1)] = 1024
     """Prompts longer than this after the chat template are dropped and counted, never truncated:
     nothing may score a prompt that nobody sampled from."""

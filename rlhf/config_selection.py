@@ -57,9 +57,15 @@ class Selection(Section):
     """With `min_margin: auto`, largest chance that noise alone put the worse answer first."""
     retest_sd: dict[str, Share] = Field(default_factory=dict)
     """Dimension -> standard deviation of a score when the same answer is judged again, where it
-    was measured. Default: from the spread of votes; verifiers have none."""
+    was measured. Default: the certificate's, else from the spread of votes, else from the round's
+    canaries; verifiers have none."""
     max_length_ratio: Annotated[float, Field(ge=1)] | None = None
     """Chosen may have at most this many times the tokens of rejected. Default: no cap."""
+    max_similarity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Largest share of their runs of five characters that chosen and rejected may have in common
+    (Jaccard, case and spacing aside). Between answers that hardly differ DPO can lower the
+    likelihood of both (Pal et al. 2024, Smaug). Default: no limit, since what differs may be what
+    matters (a number), and comparing takes time; selection.json counts them either way."""
     length_penalty: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Taken off the reward, in ranking and margins, for each standard deviation that an answer is
     longer than the mean of its prompt (shorter ones gain): judges tend to like length."""

@@ -79,27 +79,43 @@ def similar_pairs(texts: pl.Series, threshold: float = 0.8, seed: int = 0) -> pl
     Raises:
         ValueError: `threshold` is not in (0, 1], or a text is null.
     """
-    from scipy import sparse
-
     _check(texts, threshold)
-    ends, values, signatures = [np.zeros(1, np.int64)], [], []
+    counts, values, signatures = [], [], []
     a, b = permutations(seed)
     for chunk in _chunks(_normal_series(texts)):
         shingles, sizes = shingle_sets(chunk)
         signatures.append(min_hashes(shingles, sizes, a, b))
         values.append(shingles)
-        ends.append(ends[-1][-1] + np.cumsum(sizes))
+        counts.append(sizes)
     if not values:
         return _pair_table(np.empty((2, 0), np.int64), np.empty(0))
-    bounds, indices = np.concatenate(ends), np.concatenate(values).astype(np.int32)
-    sets = sparse.csr_array(
-        (np.ones(len(indices), np.int8), indices, bounds),
-        shape=(texts.len(), int(_LARGEST_SHINGLE)),
-    )
+    sets = _set_rows(np.concatenate(values), np.concatenate(counts))
     pairs = _candidates(np.concatenate(signatures), threshold)
     similarity = _jaccard(sets, pairs)
     near = similarity >= threshold
     return _pair_table(pairs[:, near], similarity[near])
+
+
+def similarities(one: pl.Series, other: pl.Series) -> NDArray[np.float64]:
+    """Exact similarity of each text with the one at its place in the other series, shape [N].
+
+    >>> same = similarities(pl.Series(["Five days.", "Yes"]), pl.Series(["five  DAYS.", "No"]))
+    >>> same.tolist()
+    [1.0, 0.0]
+
+    Raises:
+        ValueError: lengths that differ, or a text is null.
+    """
+    if one.len() != other.len() or one.null_count() or other.null_count():
+        raise ValueError(f"texts must be as many, and none null; got {one.len()}, {other.len()}")
+    found = [np.empty(0)]
+    for start in range(0, one.len(), _BLOCK_PAIRS):
+        block = [_normal_series(side[start : start + _BLOCK_PAIRS]) for side in (one, other)]
+        number = block[0].len()
+        values, sizes = shingle_sets(pl.concat(block))
+        rows = np.arange(number)
+        found.append(_jaccard(_set_rows(values, sizes), np.stack([rows, rows + number])))
+    return np.concatenate(found)
 
 
 def rows_per_band(threshold: float) -> int:
@@ -238,6 +254,17 @@ def _within_buckets(key: NDArray[np.uint64]) -> Iterator[tuple[_I64, _I64]]:
         ends = np.cumsum(numbers)
         rank = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - numbers, numbers)
         yield order[np.repeat(start[members], numbers) + rank], order[np.repeat(members, numbers)]
+
+
+def _set_rows(shingles: _U32, sizes: _I64) -> Any:
+    """Sets of shingles (as of `shingle_sets`) as the rows of a sparse matrix of ones."""
+    from scipy import sparse
+
+    bounds = np.r_[0, np.cumsum(sizes)]
+    return sparse.csr_array(
+        (np.ones(len(shingles), np.int8), shingles.astype(np.int32), bounds),
+        shape=(len(sizes), int(_LARGEST_SHINGLE)),
+    )
 
 
 def _jaccard(sets: Any, pairs: _I64) -> NDArray[np.float64]:

@@ -60,14 +60,15 @@ class Judged:
 
 
 def collect(verdicts: Sequence[Verdict], gold: Sequence[Gold], repeats: Repeats) -> list[Judged]:
-    """Verdicts by judge and dimension, in the order in which these first occur."""
-    labels: dict[str, dict[str, dict[str | None, float]]] = {}
+    """Verdicts by judge, dimension and form, in the order in which these first occur."""
+    labels: dict[tuple[str, bool], dict[str, dict[str | None, float]]] = {}
     for label in gold:
-        items = labels.setdefault(label.dimension, {})
+        items = labels.setdefault((label.dimension, label.pairwise), {})
         items.setdefault(label.item_id, {})[label.annotator] = label.value
-    grouped: dict[tuple[str, str], list[Verdict]] = {}
+    grouped: dict[tuple[str, str, bool], list[Verdict]] = {}
     for verdict in verdicts:
-        grouped.setdefault((verdict.judge, verdict.dimension), []).append(verdict)
+        form = (verdict.judge, verdict.dimension, verdict.pairwise)
+        grouped.setdefault(form, []).append(verdict)
     prompts = {v.item_id: v.prompt_id for v in verdicts if v.prompt_id is not None}
     # An answer and a pair may have one name, each on a dimension of its own.
     lengths = {
@@ -75,8 +76,8 @@ def collect(verdicts: Sequence[Verdict], gold: Sequence[Gold], repeats: Repeats)
         for kind in (False, True)
     }
     return [
-        _judged(group, labels.get(dimension, {}), prompts, lengths[group[0].pairwise], repeats)
-        for (_, dimension), group in grouped.items()
+        _judged(group, labels.get((dimension, pairwise), {}), prompts, lengths[pairwise], repeats)
+        for (_, dimension, pairwise), group in grouped.items()
     ]
 
 

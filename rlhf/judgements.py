@@ -6,7 +6,8 @@ A verdict is what a judge said of an item, a gold label what a person or a stron
     {"item_id": "q1-3", "dimension": "correctness", "score": 1, "annotator": "kim"}
 
 An item is an answer (then `score`, a number) or a pair of answers `a` and `b` (then `winner`: "a",
-"b" or "tie", whichever was shown first). A verdict of null is an abstention.
+"b" or "tie", whichever was shown first). A verdict of null is an abstention; a gold label of null
+says that the annotator could not tell, and is no label.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def read_verdicts(path: Path) -> list[Verdict]:
         asked = (found.judge, found.dimension, item, found.order, found.run)
         seen.once(asked, line, f"a verdict {of} for item {item!r} in the same order and run")
         form = "winner" if pairwise else "score"
-        seen.same(("form", *asked[:2]), form, line, f"the kind of verdicts {of}")
+        of_item = f"the kind of verdicts {of} for item {item!r}"
+        seen.same(("form", *asked[:3]), form, line, of_item)
         seen.same(("prompt", item), found.prompt_id, line, f"prompt_id of item {item!r}")
         seen.same(("length", item, pairwise), found.length, line, f"length of item {item!r}")
         return found
@@ -140,33 +142,27 @@ def read_gold(path: Path) -> list[Gold]:
     """The gold labels of a JSONL file, in its order.
 
     Required are item_id, dimension, and score or winner; `annotator` tells several people apart.
+    Where the label is null there is none, and the line is passed over.
 
     Raises InputError as `read_verdicts` does.
     """
     seen = _Seen()
 
-    def parse(record: Mapping[str, Any], line: int) -> Gold:
+    def parse(record: Mapping[str, Any], line: int) -> Gold | None:
         _check_names(record, GOLD_FIELDS)
         pairwise, value = _judged(record)
-        if value is None:
-            raise _Problem(
-                f"{'winner' if pairwise else 'score'} must be a label, found null; "
-                "leave out items that the annotator did not label"
-            )
-        found = Gold(
-            item_id=_label(record, "item_id"),
-            dimension=_label(record, "dimension"),
-            pairwise=pairwise,
-            value=value,
-            annotator=_optional_label(record, "annotator"),
-            line=line,
+        item, dimension = _label(record, "item_id"), _label(record, "dimension")
+        annotator = _optional_label(record, "annotator")
+        by = f"annotator {annotator!r}" if annotator else "an annotator without a name"
+        seen.once(
+            (dimension, item, annotator), line, f"a label of item {item!r} on {dimension!r} by {by}"
         )
-        by = f"annotator {found.annotator!r}" if found.annotator else "an annotator without a name"
-        label = f"a label of item {found.item_id!r} on {found.dimension!r} by {by}"
-        seen.once((found.dimension, found.item_id, found.annotator), line, label)
+        if value is None:
+            return None
         form = "winner" if pairwise else "score"
-        seen.same(("form", found.dimension), form, line, f"the kind of gold on {found.dimension!r}")
-        return found
+        of_item = f"the kind of gold on item {item!r}, dimension {dimension!r}"
+        seen.same(("form", dimension, item), form, line, of_item)
+        return Gold(item, dimension, pairwise, value, annotator, line)
 
     return _read(path, "gold label", parse)
 
@@ -181,9 +177,11 @@ def read_both(verdicts_path: Path, gold_path: Path) -> tuple[list[Verdict], list
     first_gold: dict[str, Gold] = {}
     for label in gold:
         first_gold.setdefault(label.dimension, label)
+    forms = {(label.dimension, label.pairwise) for label in gold}
+    comparable = {(v.judge, v.dimension) for v in verdicts if (v.dimension, v.pairwise) in forms}
     for verdict in verdicts:
         against = first_gold.get(verdict.dimension)
-        if against is not None and against.pairwise != verdict.pairwise:
+        if against is not None and (verdict.judge, verdict.dimension) not in comparable:
             kinds = {True: "winner", False: "score"}
             raise InputError(
                 f"{verdicts_path}:{verdict.line}: verdicts on {verdict.dimension!r} must have "
@@ -202,7 +200,7 @@ def read_both(verdicts_path: Path, gold_path: Path) -> tuple[list[Verdict], list
     return verdicts, gold
 
 
-def _read(path: Path, what: str, parse: Callable[[Mapping[str, Any], int], T]) -> list[T]:
+def _read(path: Path, what: str, parse: Callable[[Mapping[str, Any], int], T | None]) -> list[T]:
     if not path.is_file():
         raise InputError(
             f"{path} must be a JSONL file of {what}s, found no file; name one, from {Path.cwd()}"
@@ -215,13 +213,15 @@ def _read(path: Path, what: str, parse: Callable[[Mapping[str, Any], int], T]) -
                 raise record
             if not isinstance(record, dict):
                 raise _Problem(f"must be a JSON object, found {_shown(record)}; correct the line")
-            found.append(parse(record, line))
+            parsed = parse(record, line)
+            if parsed is not None:
+                found.append(parsed)
         except _Problem as problem:
             problems.append(f"{path}:{line}: {problem}")
     if problems:
         _refuse(problems, what)
     if not found:
-        raise InputError(f"{path} must hold at least one {what}, found no lines; write some to it")
+        raise InputError(f"{path} must hold at least one {what}, found none; write some to it")
     return found
 
 

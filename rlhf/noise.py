@@ -37,7 +37,7 @@ from rlhf.errors import DataGateError, InputError
 from rlhf.rules import Rules
 from rlhf.statistics import Floats
 
-Source = Literal["verifier", "retest", "votes", "unknown"]
+Source = Literal["verifier", "config", "certificate", "votes", "canaries", "unknown"]
 
 
 @cache
@@ -122,8 +122,9 @@ def settled(rules: Rules, noise: Callable[[], Noise]) -> Rules:
     if unknown:
         raise InputError(
             f"selection.min_margin auto needs the noise of {', '.join(unknown)}, whose scores have "
-            "fewer than 2 votes each: give their judge several votes, or set selection.retest_sd "
-            "to what calibration measured, or give selection.min_margin as a number"
+            "fewer than 2 votes each and which no certificate or canary tells: ask canaries "
+            "(judges.canaries), or set selection.retest_sd to what calibration measured, or give "
+            "selection.min_margin as a number"
         )
     margin = found.trusted_margin(rules.max_inversion)
     # A margin is at most the range of rewards, so more than 1 leaves nothing.
@@ -139,10 +140,12 @@ def settled(rules: Rules, noise: Callable[[], Noise]) -> Rules:
 def noise_of(scores: pl.DataFrame, candidates: pl.DataFrame, rules: Rules) -> Noise:
     """The noise of the values of `candidates`, from what is known of each dimension's scores.
 
-    In this order: a verifier has none; `rules.retest_sd`; the spread of votes, where answers have
-    two or more. A score is taken as the mean of its n votes, so its variance is theirs over n. A
-    judge's dimensions are summed vote by vote, so that errors common to them count in full; errors
-    of different judges are taken as independent.
+    In this order: a verifier has none; the config's `retest_sd`, the certificate's; the spread of
+    votes, where answers have two or more; this round's canaries. Votes come before canaries since
+    they are of the answers at hand, and since members of an ensemble that say the same when asked
+    again still differ from each other. A score is taken as the mean of its n votes, so its variance
+    is theirs over n. A judge's dimensions are summed vote by vote, so that errors common to them
+    count in full; errors of different judges are taken as independent.
     """
     values = candidates.filter("usable").group_by("p", maintain_order=True).agg(
         pl.len(), squares=pl.col("value").var(ddof=0) * pl.len()
@@ -152,27 +155,38 @@ def noise_of(scores: pl.DataFrame, candidates: pl.DataFrame, rules: Rules) -> No
     if several.height:
         freedom = int(several["len"].sum()) - several.height
         spread = math.sqrt(float(several["squares"].sum()) / freedom)
-    voted = {
-        d: w for d, w in sorted(rules.weights.items())
-        if d not in rules.deterministic and d not in rules.retest_sd
-    }  # fmt: skip
+    sources: dict[str, Source] = {}
+    again: dict[str, float] = {}
+    for d in sorted(rules.weights):
+        given = _told_again(d, rules)
+        if d in rules.deterministic:
+            sources[d] = "verifier"
+        elif given is not None:
+            sources[d], again[d] = given
+    voted = {d: w for d, w in sorted(rules.weights.items()) if d not in sources}
     by_judge = _vote_variances(scores, voted)
     known = {d for dimensions in by_judge for d in dimensions}
-    sources: dict[str, Source] = {
-        d: "verifier" if d in rules.deterministic
-        else "retest" if d in rules.retest_sd
-        else "votes" if d in known else "unknown"
-        for d in sorted(rules.weights)
-    }  # fmt: skip
-    retested = (rules.weights[d] * rules.retest_sd[d] for d, s in sources.items() if s == "retest")
-    variance = sum(by_judge.values()) + sum(part**2 for part in retested)
+    for d in voted:
+        sources[d] = "votes" if d in known else "canaries" if d in rules.canary_sd else "unknown"
+        if sources[d] == "canaries":
+            again[d] = rules.canary_sd[d]
+    variance = sum(by_judge.values()) + sum((rules.weights[d] * x) ** 2 for d, x in again.items())
     sd = None if "unknown" in sources.values() else math.sqrt(variance)
     margin = None
     if sd is not None and len(several):
         sizes = several["len"].value_counts().sort("len")
         ranges = sum(n * expected_range(k) for k, n in sizes.iter_rows())
         margin = sd * ranges / len(several)
-    return Noise(sd, spread, sources, margin)
+    return Noise(sd, spread, dict(sorted(sources.items())), margin)
+
+
+def _told_again(dimension: str, rules: Rules) -> tuple[Source, float] | None:
+    """Where the standard deviation of a score asked for again is given, and what it is."""
+    if dimension in rules.retest_sd:
+        return "config", rules.retest_sd[dimension]
+    if dimension in rules.certified_sd:
+        return "certificate", rules.certified_sd[dimension]
+    return None
 
 
 def _vote_variances(

@@ -38,10 +38,12 @@ def run(config: RunConfig, store: RunStore, parts: Parts) -> Outcome:
         prompts = parts.sample(index)
         do.keep(round, prompts)
         completions = do.generate(round, "completions", prompts, version=index - 1)
+        do.watch_judges(round, completions)
         scores = do.score(round, "scores", prompts, completions, audit=False)
         if index == 1:
             do.check_cold_start(round, completions, scores)
         pairs = do.select(round, prompts, completions, scores)
+        do.audit(round, prompts, completions, pairs)
         do.train(round, pairs)
         do.evaluate(round, version=index)
         verdict = do.gate(round, best=do.best([0, *promoted]))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import polars as pl
 
 from rlhf.candidates import DECIMALS, KEY
+from rlhf.duplicates import similarities
 from rlhf.funnel import Step, depth
 from rlhf.rules import Rules
 from rlhf.strategies import COLUMNS, taken
@@ -56,6 +57,15 @@ def pair_steps(rules: Rules) -> list[Step]:
         )
         for ratio in ([] if ratio is None else [ratio])
     ]
+    most = rules.max_similarity
+    alike = [
+        Step(
+            "near-duplicate",
+            f"more than {most:g} alike to the answer it would be preferred to",
+            pl.col("similarity") <= most,
+        )
+        for most in ([] if most is None else [most])
+    ]
     margin = pl.col("margin")
     return [
         Step("different answer", "no other usable answer, or only the same one", differ),
@@ -66,6 +76,7 @@ def pair_steps(rules: Rules) -> list[Step]:
             f"reward not larger, or by less than {rules.min_margin:g}",
             (margin > 0) & (margin >= round(rules.min_margin, DECIMALS)),
         ),
+        *alike,
     ]
 
 
@@ -81,8 +92,10 @@ def judged_pairs(
     and for each prompt its best and its worst usable answer, as `c` and `r`.
 
     Pairs have the columns of `strategies.COLUMNS` and `rlhf.funnel`, and are sorted by `c`, `r`.
+    Texts are compared last, and only those of pairs that every other step holds for.
     """
     steps = pair_steps(rules)
+    cheap = [step for step in steps if step.name != "near-duplicate"]
     protected = [
         pl.col("scores").struct.field(d).alias(f"{d} score") for d in sorted(rules.protected)
     ]
@@ -94,7 +107,8 @@ def judged_pairs(
         usable = light.filter("usable").drop("usable", "eligible")
         pairs = (
             _joined(light.filter("eligible").drop("usable", "eligible"), usable)
-            .with_columns(step.holds.alias(step.flag) for step in steps)
+            .with_columns(step.holds.alias(step.flag) for step in cheap)
+            .pipe(_compared, steps[len(cheap) :], cheap, candidates["row"], completions["text"])
             .select(*COLUMNS, *(step.flag for step in steps), depth=depth(steps))
         )
         extremes = usable.group_by("p").agg(
@@ -102,6 +116,26 @@ def judged_pairs(
             pl.col("place").get(pl.col("value").arg_min()).alias("r"),
         )
         yield pairs, extremes
+
+
+def _compared(
+    pairs: pl.DataFrame,
+    dear: Sequence[Step],
+    cheap: Sequence[Step],
+    rows: pl.Series,
+    texts: pl.Series,
+) -> pl.DataFrame:
+    """Pairs with the outcome of the steps (`dear`) that look at their texts, if there are any."""
+    if not dear:
+        return pairs
+    numbered = pairs.with_row_index("pair")
+    open_pairs = numbered.filter(pl.all_horizontal(step.flag for step in cheap))
+    chosen, rejected = (texts.gather(rows.gather(open_pairs[side])) for side in ("c", "r"))
+    found = open_pairs.select("pair", similarity=pl.Series(similarities(chosen, rejected)))
+    known = numbered.join(found, on="pair", how="left", maintain_order="left").drop("pair")
+    return known.with_columns(pl.col("similarity").fill_null(0.0)).with_columns(
+        step.holds.alias(step.flag) for step in dear
+    )
 
 
 def _chunks(candidates: pl.DataFrame, completions: pl.DataFrame) -> Iterator[pl.DataFrame]:

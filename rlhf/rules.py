@@ -37,12 +37,19 @@ class Rules:
     pairs_per_prompt: int = 1
     max_length_ratio: float | None = None
     """Tokens of chosen over tokens of rejected."""
+    max_similarity: float | None = None
+    """Of the texts of chosen and rejected, as `rlhf.duplicates.similarities` has it."""
     length_penalty: float = 0.0
     max_inversion: float = 0.05
     deterministic: Set[str] = frozenset()
     """Dimensions whose judge gives the same answer the same score every time: verifiers."""
     retest_sd: Mapping[str, float] = field(default_factory=dict)
-    """Dimension -> standard deviation of a score when the same answer is judged again."""
+    """Dimension -> standard deviation of a score when the same answer is judged again, as the
+    config gives it."""
+    certified_sd: Mapping[str, float] = field(default_factory=dict)
+    """The same, as certificates have it."""
+    canary_sd: Mapping[str, float] = field(default_factory=dict)
+    """The same, as the round's canaries showed it."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,6 +71,7 @@ class Rules:
             strategy=selection.strategy,
             pairs_per_prompt=selection.pairs_per_prompt or (SEVERAL_A_PROMPT if several else 1),
             max_length_ratio=selection.max_length_ratio,
+            max_similarity=selection.max_similarity,
             length_penalty=selection.length_penalty,
             max_inversion=selection.max_inversion,
             deterministic={

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import polars as pl
 
+from rlhf.canaries import Items, Watch
 from rlhf.config import RunConfig
 from rlhf.errors import DataGateError
 from rlhf.interrupts import Interrupts
@@ -22,8 +23,6 @@ from rlhf.rounds import Round, RunStore
 from rlhf.selection import Rules
 from rlhf.tracking import Trackers
 from rlhf.types import Completion, Prompt, completions_of, completions_table
-
-Items = Sequence[tuple[Prompt, Completion]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,8 @@ class Parts:
     """Scores of the panel; with True, of the audit judges too."""
     check_scores: Callable[[pl.DataFrame], None]
     """Raises DataGateError where judges abstained too often."""
+    watch: Watch
+    """How judges are watched while they train."""
     prompt_table: Callable[[Sequence[Prompt]], pl.DataFrame]
     counts: Mapping[str, Mapping[str, int]]
     """What became of the prompts that were read, per split."""
@@ -213,3 +214,8 @@ def _stage_key(name: str) -> int:
 
 def title(round: Round) -> str:
     return "final" if round.index is None else f"round {round.index}"
+
+
+def unreachable(_: Path | int) -> NoReturn:
+    """Computes what is stored already."""
+    raise AssertionError("stored already")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -17,10 +17,11 @@ from rlhf.gates import decide, drift_gate, judge_gates
 from rlhf.protocols import Sampling
 from rlhf.rounds import Round
 from rlhf.selection import check_cold_start, cold_start, select_pairs
-from rlhf.stage_base import StageBase, title
+from rlhf.stage_base import title, unreachable
 from rlhf.summary import model_card, write_summary
 from rlhf.tracking import answer_rows, pair_rows
 from rlhf.types import Prompt, completions_of
+from rlhf.watch_stages import WatchStages
 from rlhf.yield_analysis import Draw, analyse, check_inversion, said
 
 
@@ -34,7 +35,7 @@ class Outcome:
     promoted: tuple[int, ...]
 
 
-class Stages(StageBase):
+class Stages(WatchStages):
     """The loop's stages, each done once and timed."""
 
     def check_cold_start(
@@ -58,14 +59,16 @@ class Stages(StageBase):
         """
         index, about = round.index, self.parts.prompt_table(prompts)
         assert index is not None
+        certified, asked = self.retest_sd(round)
+        rules = replace(self.rules, certified_sd=certified, canary_sd=asked)
 
         @cache
         def selected() -> Any:
-            return select_pairs(completions, scores, about, self.rules, index)
+            return select_pairs(completions, scores, about, rules, index)
 
         def analysed() -> dict[str, Any]:
             draw = Draw(index, self.config.evaluation.bootstrap)
-            return analyse(completions, scores, about, pairs, self.rules, draw)
+            return analyse(completions, scores, about, pairs, rules, draw)
 
         with self.timed(round, "pairs") as note:
             funnel = round.record("funnel", lambda: selected().funnel)
@@ -100,7 +103,7 @@ class Stages(StageBase):
         assert index is not None
         learner, before = self.parts.learner, self.policy(index - 1)
         if round.done("policy"):
-            round.folder("policy", _unreachable)
+            round.folder("policy", unreachable)
             round.drop("trainer")
             return
         self.parts.serving.sleep()
@@ -249,7 +252,7 @@ class Stages(StageBase):
         """What the start answered, as it is stored."""
         prompts = self.parts.gate[: self.config.evaluation.greedy_prompts]
         count = len(self.shards(prompts))
-        return self.store.round(0).shards("greedy/completions", count, _unreachable)
+        return self.store.round(0).shards("greedy/completions", count, unreachable)
 
     def _evaluation(self, round: Round, version: int) -> dict[str, Any]:
         table = self._table(round)
@@ -295,7 +298,3 @@ class Stages(StageBase):
     @property
     def _draws(self) -> tuple[int, int]:
         return self.config.evaluation.bootstrap, self.config.run.seed
-
-
-def _unreachable(_: Path | int) -> NoReturn:
-    raise AssertionError("stored already")

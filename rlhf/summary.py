@@ -11,9 +11,11 @@ from typing import Any
 
 import polars as pl
 
+from rlhf import judge_view, yield_analysis
 from rlhf.config import RunConfig
 from rlhf.evaluation import AUDIT_PREFIX
 from rlhf.files import atomic_write
+from rlhf.pair_audit import said
 from rlhf.rounds import RunStore
 from rlhf.run_view import RunView
 from rlhf.verdict import change, interval, number, stamps, verdict
@@ -48,16 +50,17 @@ def write_summary(store: RunStore, config: RunConfig) -> None:
     """Write `summary.md` into the run's folder."""
     status = store.read_status() or {}
     run = RunView(store.folder)
-    said = verdict(run)
-    parts = [f"# {config.run.name}", f"**{said.sentence}**"]
-    if said.details:
-        parts.append(said.details)
+    opening = verdict(run)
+    parts = [f"# {config.run.name}", f"**{opening.sentence}**"]
+    if opening.details:
+        parts.append(opening.details)
     parts += [f"**{stamp.name}**: {stamp.meaning}." for stamp in stamps(run)]
     if store.final().done("evaluation"):
         parts += ["## The claim: final split, scored once", _final(store)]
     rounds = _finished(store, config.rounds.count)
     if rounds:
         parts += ["## Rounds on the gate split", _rounds(store, rounds)]
+    parts += ["## Judges", _judges(run)]
     if store.round(0).done("pools"):
         parts += ["## Prompts", _prompts(store.round(0).stored("pools"))]
     for index in rounds:
@@ -142,6 +145,26 @@ def _prompts(counts: Mapping[str, Mapping[str, int]]) -> str:
     )
 
 
+def _judges(run: RunView) -> str:
+    """Who scored what, what stands behind it, and how often there was no score."""
+    asked = judge_view.asked(run)
+    rows = []
+    for role in judge_view.roles(run):
+        own = [a for a in asked if (a.judge, a.dimension) == (role.judge, role.dimension)]
+        scores, missing = sum(a.scores for a in own), sum(a.abstained for a in own)
+        vouched = {"not needed": f"none needed: {role.reason}", "granted": "granted"}
+        rows.append(
+            {
+                "judge": f"{role.judge} ({role.kind})",
+                "dimension": role.dimension,
+                "used for": ", ".join(role.uses) or "nothing",
+                "certificate": vouched.get(role.status, f"**{role.status}**: {role.reason}"),
+                "abstained": f"{missing} of {scores}",
+            }
+        )
+    return markdown_table(rows)
+
+
 def _one_round(store: RunStore, index: int) -> str:
     gates = store.round(index).stored("gates")
     funnel = store.round(index).stored("funnel")
@@ -171,16 +194,61 @@ def _one_round(store: RunStore, index: int) -> str:
         for step in funnel["steps"]
     ]
     kept = funnel["yield"]
-    return "\n\n".join(
-        [
-            gates["reason"],
-            markdown_table(gate_rows),
-            "How completions became pairs:",
-            markdown_table(steps),
-            f"Largest admissible margin kept {kept['largest_admissible']} pairs; best and worst, "
-            f"then filter, would have kept {kept['best_and_worst_then_filter']}.",
-        ]
-    )
+    parts = [
+        gates["reason"],
+        markdown_table(gate_rows),
+        *_watched(store, index),
+        "How completions became pairs:",
+        markdown_table(steps),
+        f"Largest admissible margin kept {kept['largest_admissible']} pairs; best and worst, "
+        f"then filter, would have kept {kept['best_and_worst_then_filter']}.",
+    ]
+    if store.round(index).done("selection"):
+        explained = yield_analysis.said(funnel, store.round(index).stored("selection"))
+        parts.append("\n".join(f"- {line}" for line in explained))
+    return "\n\n".join(parts)
+
+
+def _watched(store: RunStore, index: int) -> list[str]:
+    """What canaries and the audit of the round's pairs showed, where there were any."""
+    round = store.round(index)
+    told = []
+    if round.done("canaries"):
+        found = round.stored("canaries")
+        asked = " and ".join(f"{n} of {name}" for name, n in found["answers"].items() if n)
+        if found["judges"] and asked:
+            told += [
+                f"Judges asked anew, {found['askings']} times, about the same answers ({asked}); "
+                "changes are against round 1, with their 95% intervals:",
+                markdown_table([_canary_row(entry) for entry in found["judges"]]),
+            ]
+        told += [f"Warning: {text}." for text in found["warnings"]]
+    if round.done("audit") and round.stored("audit")["judges"]:
+        audit = round.stored("audit")
+        told.append(said(audit)[0].upper() + said(audit)[1:] + ".")
+    return told
+
+
+def _canary_row(entry: Mapping[str, Any]) -> Row:
+    figures, drift = entry["figures"], entry["drift"]
+    shown = {
+        "retest sd": figures.get("retest_sd"),
+        "gold accuracy": figures.get("within_prompt_accuracy"),
+        "order consistency": figures.get("order_consistency"),
+    }
+    moved = drift.get("moved")
+    verdicts = [found["verdict"] for found in drift.values()]
+    worst = next((v for v in ("drifted", "unclear", "holds") if v in verdicts), "")
+    return {
+        "judge": entry["judge"],
+        "dimension": entry["dimension"],
+        **{name: number(found["value"]) if found else "" for name, found in shown.items()},
+        "scores moved by": f"{number(moved['value'])} ({number(moved['low'])} to "
+        f"{number(moved['high'])})"
+        if moved
+        else "",
+        "verdict": worst or ("the same each time" if entry["fixed"] else "first round"),
+    }
 
 
 def _places(status: Mapping[str, Any]) -> str:
@@ -189,7 +257,8 @@ def _places(status: Mapping[str, Any]) -> str:
     return (
         f"- best policy: {policy}\n- pairs of a round: `rounds/NNNN/pairs.parquet`, its funnel: "
         "`funnel.json`\n- every completion and score: `completions/`, `scores/`, `evaluation/`\n"
-        "- training curves and times: `metrics.jsonl`\n- resolved configuration: `config.yaml`"
+        "- pairs to be read blind: `sheets/NNNN`\n- training curves and times: `metrics.jsonl`\n"
+        "- resolved configuration: `config.yaml`"
     )
 
 

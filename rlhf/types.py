@@ -98,6 +98,9 @@ class Score:
         return cls(prompt_id, sample, judge, dimension, None, (), None, True, reason)
 
 
+SUSPICIOUS = "suspicious"
+"""Opens the reason of a score whose completion was flagged, before what was seen in brackets."""
+
 COMPLETIONS = pl.Schema(
     {
         "prompt_id": pl.String(),

@@ -19,6 +19,8 @@ STANDINGS = "standings.json"
 
 # A verifier's own tests are its certificate.
 _EXEMPT_KINDS = frozenset({"verifier"})
+# What says the same of an answer each time; canaries hold it to that too.
+_CONSTANT_KINDS = frozenset({"verifier", "recorded"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,14 @@ def stamps(run: RunView, uncertified: Sequence[str] | None = None) -> list[Stamp
                 f"{', '.join(names)} trained this policy without a certificate against gold labels",
             )
         )
+    if unwatched := _unwatched(run):
+        found.append(
+            Stamp(
+                "No canaries",
+                f"nothing shows whether {', '.join(unwatched)} scored the same answers alike from "
+                "round to round",
+            )
+        )
     if unproved := [r.index for r in run.judged if _promoted_unproved(_gates(r))]:
         found.append(
             Stamp(
@@ -128,6 +138,14 @@ def uncertified_judges(run: RunView) -> list[str]:
         return [j.name for j in run.config.judges.panel if j.kind not in _EXEMPT_KINDS]
     standings = read_json(path, "it belongs to a run: put back what was changed")["standings"]
     return list(dict.fromkeys(s["judge"] for s in standings if not s["granted"]))
+
+
+def _unwatched(run: RunView) -> list[str]:
+    """Names of judges that train, that may drift, and that nobody asks again."""
+    judges = run.config.judges
+    if judges.canaries.answers or judges.canaries.gold is not None:
+        return []
+    return [judge.name for judge in judges.panel if judge.kind not in _CONSTANT_KINDS]
 
 
 def _done(run: RunView, claim: Mapping[str, Any]) -> Verdict:

@@ -9,6 +9,7 @@
 | `split_votes` | margins of pairs chosen on half of the votes, measured on the other half |
 | `constraints`, `suggestion` | yield and scores of chosen without each constraint, or with less |
 | `analysed_prompts` | how many prompts the two above were measured on |
+| `similarity` | how alike chosen and rejected are, and how many hardly differ |
 | `inversion` | mean chosen minus rejected per dimension, with its interval |
 """
 
@@ -22,6 +23,7 @@ import polars as pl
 from scipy import stats
 
 from rlhf.candidates import KEY, candidates_of, score_wide, with_eligible
+from rlhf.duplicates import similarities
 from rlhf.errors import DataGateError
 from rlhf.noise import noise_of, noise_record, settled
 from rlhf.pairing import pick
@@ -30,6 +32,8 @@ from rlhf.statistics import Interval, cluster_mean, standard_error
 
 ANALYSED_PROMPTS = 20_000
 """Constraints and split votes are measured on so many prompts at most, drawn by the seed."""
+NEAR_IDENTICAL = 0.9
+"""Similarity from which two answers hardly differ."""
 _BOOTSTRAPPED = 10_000
 _STEP = 0.05
 _MOST = 0.5
@@ -72,6 +76,7 @@ def analyse(
         "split_votes": split_votes(completions, scores, few, prompts, rules, draw),
         "constraints": costs,
         "suggestion": suggestion(costs),
+        "similarity": similarity(pairs, rules.draw_seed(draw.round)),
         "inversion": inversion(pairs, scores, draw.resamples, rules.seed),
     }
 
@@ -140,6 +145,10 @@ def _alternatives(rules: Rules) -> Iterator[tuple[str, str, Rules]]:
     if (margin := rules.min_margin) > 0:
         yield "margin", "dropped", replace(rules, min_margin=0.0)
         yield "margin", f"{margin / 2:g}", replace(rules, min_margin=margin / 2)
+    if (most := rules.max_similarity) is not None:
+        yield "near-duplicate", "dropped", replace(rules, max_similarity=None)
+        wider = round((1 + most) / 2, 12)
+        yield "near-duplicate", f"{wider:g}", replace(rules, max_similarity=wider)
 
 
 def suggestion(costs: Mapping[str, Any]) -> str | None:
@@ -225,6 +234,21 @@ def _half(scores: pl.DataFrame, noisy: list[str], half: Literal[0, 1]) -> pl.Dat
     )
 
 
+def similarity(pairs: pl.DataFrame, seed: int) -> dict[str, Any]:
+    """How alike the answers of pairs are (`rlhf.duplicates.similarities`), of at most
+    `ANALYSED_PROMPTS` of them: `pairs`, their `mean` (None without pairs), and how many are
+    `near_identical`, `NEAR_IDENTICAL` or more alike."""
+    drawn = pairs.select("prompt_id", "chosen", "rejected")
+    if drawn.height > ANALYSED_PROMPTS:
+        drawn = drawn.sort(pl.struct(pl.all()).hash(seed), *drawn.columns).head(ANALYSED_PROMPTS)
+    found = similarities(drawn["chosen"], drawn["rejected"])
+    return {
+        "pairs": len(found),
+        "mean": float(found.mean()) if len(found) else None,
+        "near_identical": int((found >= NEAR_IDENTICAL).sum()),
+    }
+
+
 def inversion(
     pairs: pl.DataFrame, scores: pl.DataFrame, resamples: int, seed: int
 ) -> dict[str, dict[str, Any]]:
@@ -296,11 +320,16 @@ def _noise_line(noise: Mapping[str, Any]) -> str:
     mean = "" if noise["mean_margin"] is None else f"mean margin {noise['mean_margin']:.3f}; "
     if unknown:
         return (
-            f"{mean}how much of it is noise is not known: {', '.join(unknown)} have one vote each "
-            "and no selection.retest_sd"
+            f"{mean}how much of it is noise is not known: {', '.join(unknown)} have one vote each, "
+            "no canaries and no selection.retest_sd"
         )
     if set(noise["sources"].values()) == {"verifier"}:
         return f"{mean}verifiers score without noise"
+    if noise["sd"] == 0:
+        return (
+            f"{mean}asked again, the judges say the same; errors that come again each time don't "
+            "show in that"
+        )
     if noise["margin_of_noise_alone"] is None or noise["inverted_share"] is None:
         return f"{mean}judge noise {noise['sd']:.3f}"
     return (

@@ -14,6 +14,7 @@ from typing import Any, Final
 import polars as pl
 
 from rlhf.config_rollout import Prompts, PromptSource
+from rlhf.duplicates import near_duplicates, similarities
 from rlhf.errors import InputError
 from rlhf.types import Message, Prompt
 from rollout.prompt_sources import cut, digest, named, read_pool, squeezed
@@ -28,7 +29,8 @@ _SHOWN_OVERLAPS: Final = 5
 class Pools:
     """The three pools, and per split how many prompts each step left.
 
-    `counts[split]` has read, duplicates, too_long, limited (dropped by `limit`), kept, clusters.
+    `counts[split]` has read, duplicates, near_duplicates (of a prompt that stands, in any split),
+    too_long, limited (dropped by `limit`), kept, clusters.
     """
 
     train: tuple[Prompt, ...]
@@ -54,13 +56,15 @@ def load_pools(config: Prompts, seed: int, encode: Encode | None) -> Pools:
         distinct[split] = _without_duplicates(read)
         counts[split] = {"read": len(read), "duplicates": len(read) - len(distinct[split])}
     _check_apart(distinct)
+    different = _without_near_duplicates(distinct, config.max_similarity, seed)
     kept: dict[str, tuple[Prompt, ...]] = {}
     for split in SPLITS:
         source: PromptSource = getattr(config, split)
-        fitting = _fitting(distinct[split], config.max_tokens, encode)
+        fitting = _fitting(different[split], config.max_tokens, encode)
         chosen = _draw(fitting, source.limit, seed)
         counts[split] |= {
-            "too_long": len(distinct[split]) - len(fitting),
+            "near_duplicates": len(distinct[split]) - len(different[split]),
+            "too_long": len(different[split]) - len(fitting),
             "limited": len(fitting) - len(chosen),
             "kept": len(chosen),
             "clusters": len({p.cluster for p in chosen}),
@@ -145,6 +149,34 @@ def _without_duplicates(prompts: Sequence[Prompt]) -> list[Prompt]:
     for prompt in prompts:
         first.setdefault((_text_key(prompt), squeezed(prompt.context or "")), prompt)
     return list(first.values())
+
+
+def _without_near_duplicates(
+    pools: Mapping[str, Sequence[Prompt]], most: float | None, seed: int
+) -> Mapping[str, Sequence[Prompt]]:
+    """Pools without prompts that are more than `most` alike to one that stands, whichever's it is.
+
+    What measures stands first. Both the turns (the system's aside) and the context must be alike:
+    one question about two passages, or two about one, are different prompts.
+    """
+    if most is None:
+        return pools
+    ordered = [(split, p) for split in reversed(SPLITS) for p in pools[split]]
+    turns = pl.Series([_asked(p) for _, p in ordered], dtype=pl.String)
+    contexts = pl.Series([p.context or "" for _, p in ordered], dtype=pl.String)
+    found = near_duplicates(turns + "\n" + contexts, most, seed)["kept"]
+    stands = found == pl.Series(range(len(ordered)))
+    alike = [similarities(texts, texts.gather(found)) > most for texts in (turns, contexts)]
+    falls = ~stands.to_numpy() & alike[0] & alike[1]
+    kept: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
+    for (split, prompt), fallen in zip(ordered, falls, strict=True):
+        if not fallen:
+            kept[split].append(prompt)
+    return kept
+
+
+def _asked(prompt: Prompt) -> str:
+    return "\n\n".join(m["content"] for m in prompt.messages if m["role"] != "system")
 
 
 def _fitting(prompts: Sequence[Prompt], max_tokens: int, encode: Encode | None) -> list[Prompt]:

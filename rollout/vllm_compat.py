@@ -3,61 +3,13 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rollout.nucleus import keep_nucleus
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What an engine is built with."""
-
-    base: str
-    tokenizer: str
-    dtype: torch.dtype
-    device: str
-    quantised: bool
-    """The base is NF4 (adapter sync only; merged folders are already dequantised)."""
-    lora_rank: int
-    max_length: int
-    """Longest prompt plus completion, in tokens."""
-    max_concurrency: int
-    memory_gib: float
-    gpu_memory_share: float
-    seed: int
-    stop_ids: tuple[int, ...]
-
-
-def prepare() -> None:
-    """Set what vLLM reads from the environment on import. A user's own settings win."""
-    # The engine shares this process, so that sleep, reload and close act on it directly.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
-
-def engine_arguments(options: EngineOptions) -> dict[str, Any]:
-    """Arguments that differ between a CPU and a GPU.
-
-    On a CPU the cache's size is given outright (else vLLM wants most of the machine's memory to be
-    free), requests with seeds crash under chunked prefill ("CPU Generator does not use offset"),
-    and graphs cost more to compile than a run gains.
-    """
-    if options.device != "cpu":
-        return {
-            "gpu_memory_utilization": options.gpu_memory_share,
-            "enable_sleep_mode": True,
-        }
-    return {
-        "kv_cache_memory_bytes": round(options.memory_gib * 2**30),
-        "enforce_eager": True,
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(8192, options.max_length),
-    }
 
 
 def request_seed(device: str, seed: int, index: int) -> int | None:

@@ -1,33 +1,42 @@
 """Sampling with vLLM, as an engine in this process.
 
 The engine starts at the first `load`, from the folder that is loaded; later versions are reloaded
-in place (merged) or hot-loaded as an adapter. What differs on a CPU is in `vllm_compat`.
+in place (merged) or hot-loaded as an adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from rlhf.errors import ParityError
 from rlhf.protocols import Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
 from rollout import vllm_compat
-from rollout.vllm_compat import EngineOptions
+from rollout.vllm_engine import EngineOptions, InProcessEngine
 from rollout.weight_sync import weights_sha256
 
-# Names that vLLM gives dtypes.
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What is known of the policy before its first version is loaded."""
+
+    base: str
+    """Folder or hub id of the base model, whose tokenizer every version has."""
+    stop_ids: tuple[int, ...]
+    lora_rank: int = 0
+    """Highest rank of an adapter that may be loaded."""
+    quantised: bool = False
+    """The base is NF4 (adapter sync only; merged folders are already dequantised)."""
 
 
 class VllmGenerator:
-    """One vLLM engine."""
+    """Samples from one engine."""
 
-    def __init__(self, options: EngineOptions) -> None:
-        self.options = options
-        self._llm: Any = None
+    def __init__(self, served: Served, options: EngineOptions) -> None:
+        self._served = served
+        self._engine = InProcessEngine(options)
         self._loaded: Loaded | None = None
         self._adapter: Any = None
         self._adapters = 0
@@ -44,9 +53,9 @@ class VllmGenerator:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
-                seed=vllm_compat.request_seed(self.options.device, sampling.seed, index),
+                seed=vllm_compat.request_seed(self._engine.device, sampling.seed, index),
                 logprobs=0,
-                stop_token_ids=list(self.options.stop_ids),
+                stop_token_ids=list(self._served.stop_ids),
                 skip_special_tokens=True,
             )
             for index in range(len(prompts))
@@ -90,70 +99,58 @@ class VllmGenerator:
         """See `Generator.load`."""
         sha256 = weights_sha256(published.path)
         if published.kind == "adapter":
-            if self._llm is None:
-                self._start(self.options.base, lora=True)
+            if not self._engine.started:
+                self._start(self._served.base, lora=True)
             from vllm.lora.request import LoRARequest
 
             # A new id per load: the engine keeps adapters by id, whatever their files hold now.
             self._adapters += 1
             name = f"load-{self._adapters}"
             self._adapter = LoRARequest(name, self._adapters, str(published.path))
-        elif self._llm is None:
+        elif not self._engine.started:
             self._start(str(published.path), lora=False)
         else:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(published.path)})
-            vllm_compat.refresh_head(self._llm, self.options.device)
-        self._llm.reset_prefix_cache()
-        if self.options.device != "cpu":
-            self._checksums = self._llm.collective_rpc("compute_weight_checksums")
+            llm = self._engine.llm
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(published.path)})
+            vllm_compat.refresh_head(llm, self._engine.device)
+        self._engine.llm.reset_prefix_cache()
+        self._checksums = self._weights()
         self._loaded = Loaded(published.version, sha256)
         return self._loaded
 
     def sleep(self) -> None:
-        """Move weights to host memory and free the cache; a CPU engine has no card to give back."""
-        if self.options.device != "cpu" and self._llm is not None:
-            self._llm.sleep(level=1)
+        """See `InProcessEngine.sleep`."""
+        self._engine.sleep()
 
     def wake(self) -> Loaded | None:
         """Serve again. Raises ParityError if the weights came back changed."""
-        if self.options.device != "cpu" and self._llm is not None:
-            self._llm.wake_up()
-            if self._llm.collective_rpc("compute_weight_checksums") != self._checksums:
-                raise ParityError("vLLM's weights changed while it slept")
+        if self._engine.wake() and self._weights() != self._checksums:
+            raise ParityError("vLLM's weights changed while it slept")
         return self._loaded
 
     def close(self) -> None:
         """Shut the engine down."""
-        if self._llm is not None:
-            vllm_compat.shut_down(self._llm)
-            self._llm = None
+        self._engine.close()
+
+    def _weights(self) -> Any:
+        """vLLM's checksums; on a CPU they are blind to what was reloaded, and nothing sleeps."""
+        if self._engine.device == "cpu":
+            return None
+        return self._engine.llm.collective_rpc("compute_weight_checksums")
 
     def _start(self, model: str, lora: bool) -> None:
-        options = self.options
-        vllm_compat.prepare()
-        vllm_compat.sort_less(options.device)
-        from vllm import LLM
-
         extra: dict[str, Any] = {}
         if lora:
-            vllm_compat.score_prompts_with_adapters(options.device)
-            extra |= {"enable_lora": True, "max_lora_rank": max(8, options.lora_rank)}
-            if options.quantised:
+            extra |= {"enable_lora": True, "max_lora_rank": max(8, self._served.lora_rank)}
+            if self._served.quantised:
                 extra |= {"quantization": "bitsandbytes"}
-        self._llm = LLM(
+        self._engine.start(
             model,
-            tokenizer=options.tokenizer,
-            dtype=_DTYPES[options.dtype],
-            max_model_len=options.max_length,
-            max_num_seqs=options.max_concurrency,
+            tokenizer=self._served.base,
             # The log-probs of the distribution sampled from, not of the raw model.
             logprobs_mode="processed_logprobs",
             # What is sampled is set per request, never by the model's generation config.
             generation_config="vllm",
-            seed=options.seed,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **vllm_compat.engine_arguments(options),
             **extra,
         )
 
@@ -161,7 +158,7 @@ class VllmGenerator:
         from vllm import TokensPrompt
 
         return list(
-            self._llm.generate(
+            self._engine.llm.generate(
                 [TokensPrompt(prompt_token_ids=row) for row in rows],
                 list(parameters),
                 use_tqdm=False,

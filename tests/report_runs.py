@@ -18,6 +18,7 @@ from rlhf.metrics import Metrics
 from rlhf.rounds import Round, RunStore
 from rlhf.selection import Rules, select_pairs
 from rlhf.types import COMPLETIONS, SCORES
+from rlhf.yield_analysis import Draw, analyse
 
 DIMENSIONS = ("correctness", "style")
 FILLER = "Where a parcel is late, the desk looks it up and says when it comes. "
@@ -76,8 +77,12 @@ class Runs:
         completions = round.shards("completions", 1, _stored)
         scores = round.shards("scores", 1, _stored)
         rules = Rules.of(self.config)
-        found = select_pairs(completions, scores, round.stored_table("prompts"), rules)
+        prompts = round.stored_table("prompts")
+        found = select_pairs(completions, scores, prompts, rules)
+        draw = Draw(index, self.config.evaluation.bootstrap)
+        analysis = analyse(completions, scores, prompts, found.pairs, rules, draw)
         round.record("funnel", lambda: found.funnel)
+        round.record("selection", lambda: analysis)
         round.table("pairs", lambda: found.pairs)
         self._time(index, "pairs", pairs=found.pairs.height)
         return found.pairs.height

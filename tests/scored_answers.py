@@ -93,12 +93,24 @@ def eligible(row: Row, rules: Rules) -> bool:
     )
 
 
+def alike(one: str, other: str) -> float:
+    """Jaccard similarity of the runs of five characters."""
+    a, b = (
+        {padded[i : i + 5] for i in range(len(padded) - 4)}
+        for text in (one, other)
+        for padded in [" ".join(text.lower().split()).ljust(5)]
+    )
+    return len(a & b) / len(a | b)
+
+
 def admissible(c: Row, r: Row, rules: Rules) -> bool:
     if c is r or not eligible(c, rules) or not usable(r, rules):
         return False
     if c["text"].strip() == r["text"].strip() or c["ids"] == r["ids"]:
         return False
     if rules.max_length_ratio and len(c["ids"]) > rules.max_length_ratio * len(r["ids"]):
+        return False
+    if rules.max_similarity and alike(c["text"], r["text"]) > rules.max_similarity:
         return False
     margin = round(reward(c, rules) - reward(r, rules), 12)
     assert rules.min_margin != "auto"
@@ -122,7 +134,7 @@ def many_answers(draw: st.DrawFn, values: st.SearchStrategy[float | None] = valu
     rows = []
     for prompt in draw(st.lists(st.sampled_from(["a1", "a2", "b1", "c1"]), unique=True)):
         for sample in draw(st.lists(st.integers(0, 7), unique=True, min_size=2)):
-            text = draw(st.sampled_from(["", " \n", "yes", " yes ", *"abcdefghijk"]))
+            text = draw(st.sampled_from(["", " \n", "yes", " yes ", "Yes", *"abcdefghijk"]))
             ids = draw(st.sampled_from([(1,), (3, 4), *((9, i) for i in range(9))]))
             finish = draw(st.sampled_from(["stop", "stop", "stop", "length"]))
             scores = tuple(draw(values) for _ in DIMENSIONS)

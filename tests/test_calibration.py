@@ -473,6 +473,27 @@ def test_a_judge_of_pairs_that_knows_is_granted_and_is_no_floor() -> None:
     assert found.reasons == ("floor 0.6: verdicts on pairs don't say which answers pass a floor",)
 
 
+@pytest.mark.parametrize("good", ["pairs", "answers"])
+def test_gold_on_pairs_decides_about_pairs_and_gold_on_answers_about_the_floor(good: str) -> None:
+    other = {"a": "b", "b": "a"}
+    knows = good == "pairs"
+    verdicts, labels = pairs(lambda better, _, __: better if knows else other[better])
+    (dimension,) = {verdict.dimension for verdict in verdicts}
+    rng = np.random.default_rng(9)
+    grades = rng.integers(0, 2, 300)
+    for place, grade in enumerate(grades):
+        item, prompt = f"answer {place}", f"prompt {place % 60}"
+        score = float(grade if not knows else 1 - grade)
+        verdicts.append(Verdict(item, verdicts[0].judge, dimension, False, score, prompt))
+        labels.append(Gold(item, dimension, False, float(grade)))
+    (found,) = calibrate(verdicts, labels, QUICK, lambda d: Use(floor=0.6))
+    granted, refused = ("pairs", "floor") if knows else ("floor", "pairs")
+    assert found.purposes == {granted: "granted", refused: "refused"}
+    assert found.metrics["within_prompt_accuracy"].value == float(knows)
+    assert found.metrics["precision"].value == float(not knows)
+    assert found.n == 300 + len({v.item_id for v in verdicts if v.pairwise})
+
+
 def test_few_labels_refuse_what_more_of_them_grant() -> None:
     gold, _, prompts = answers()
     lengths = np.ones(len(gold))

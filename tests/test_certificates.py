@@ -21,6 +21,7 @@ from rlhf.certificates import (
     Standing,
     find_certificate,
     require_certificates,
+    retest_sd,
     write_certificate,
 )
 from rlhf.config import RunConfig
@@ -45,6 +46,7 @@ def finding(**changes: Any) -> Finding:
         floor=0.6,
         votes=1,
         left_out={"no_gold": 0},
+        bounds=(),
     )
     return replace(granted, **changes)
 
@@ -89,6 +91,16 @@ def test_a_granted_certificate_is_found(tmp_path: Path) -> None:
     found = look_up(tmp_path)
     assert (found.status, found.granted, found.certificate) == ("granted", True, path)
     assert "200 items" in found.reason
+
+
+def test_the_retest_spread_of_a_granted_certificate_can_be_used(tmp_path: Path) -> None:
+    measured = {"retest_sd": Metric(0.04, 0.02, 0.06, 200, 0.01)}
+    store(tmp_path / "with", finding(metrics=measured))
+    store(tmp_path / "without")
+    refused = {"pairs": "refused", "floor": "refused"}
+    store(tmp_path / "refused", finding(metrics=measured, verdict="refused", purposes=refused))
+    found = {name: retest_sd(look_up(tmp_path / name)) for name in ("with", "without", "refused")}
+    assert found == {"with": 0.04, "without": None, "refused": None}
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
@@ -232,7 +244,8 @@ calibration: {verdicts: verdicts.jsonl, gold: gold.jsonl, bootstrap: 200}
     assert "house on correctness: granted" in shown
     assert "precision at 0.5" in shown
     assert "pairs, floor" in shown
-    (path,) = Path("certificates").iterdir()
+    (path,) = Path("certificates").glob("*.json")
+    assert len(list(Path("certificates").glob("calibration-*.html"))) == 1
     assert f"certificate: {path}" in shown
     said = json.loads(path.read_text())
     assert said["gold_hash"] == hashlib.sha256(Path("gold.jsonl").read_bytes()).hexdigest()

@@ -17,6 +17,7 @@ from rlhf.duplicates import (
     rows_per_band,
     shingle_sets,
     similar_pairs,
+    similarities,
 )
 
 Rng = np.random.Generator
@@ -145,3 +146,17 @@ def test_a_threshold_that_means_nothing_is_refused(threshold: float) -> None:
 def test_null_is_no_text() -> None:
     with pytest.raises(ValueError, match="null"):
         near_duplicates(pl.Series(["a", None]))
+
+
+def test_similarities_row_by_row_are_jaccards(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    one = [" ".join(words(rng, 6)) for _ in range(40)] + ["", "a"]
+    other = [text[: rng.integers(0, 40)] + " more" for text in one[:40]] + ["", "b"]
+    monkeypatch.setattr(duplicates, "_BLOCK_PAIRS", 7)
+    found = similarities(pl.Series(one), pl.Series(other))
+    squeezed = [[" ".join(t.split()) for t in texts] for texts in (one, other)]
+    plain = [jaccard(a, b) for a, b in zip(*squeezed, strict=True)]
+    assert found.tolist() == pytest.approx(plain)
+    assert similarities(pl.Series([], dtype=pl.String), pl.Series([], dtype=pl.String)).size == 0
+    with pytest.raises(ValueError, match="as many"):
+        similarities(pl.Series(one), pl.Series(other[1:]))

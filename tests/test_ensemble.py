@@ -165,9 +165,14 @@ def test_the_same_question_to_the_same_model_is_one_vote(
 
 @pytest.mark.parametrize(
     ("difference", "told"),
-    [({"model": "org/other"}, "model"), ({"mode": "pairwise"}, "mode"), ({}, "wording")],
+    [
+        ({"model": "org/other"}, "model"),
+        ({"mode": "pairwise"}, "mode"),
+        ({"scale_order": "descending"}, "option order"),
+        ({}, "wording"),
+    ],
 )
-def test_another_model_mode_or_wording_is_a_vote(
+def test_another_model_mode_order_or_wording_is_a_vote(
     tmp_path: Path, difference: dict[str, Any], told: str
 ) -> None:
     changed = difference or {"rubrics": _reworded(tmp_path, question="Does it read well?")}

@@ -28,8 +28,8 @@ from rlhf.policy import Policy, prompt_encoder
 from rlhf.protocols import Generator, Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
 from rollout.transformers_generator import TransformersGenerator
-from rollout.vllm_compat import EngineOptions
-from rollout.vllm_generator import VllmGenerator
+from rollout.vllm_engine import EngineOptions
+from rollout.vllm_generator import Served, VllmGenerator
 from rollout.weight_sync import weights_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,23 +63,18 @@ class World:
             return TransformersGenerator(
                 path, self.tokenizer, self.stop_ids, torch.float32, "cpu", 2 * SAMPLES
             )
-        return VllmGenerator(engine_options(path, self.stop_ids))
+        return VllmGenerator(Served(path, self.stop_ids), engine_options())
 
 
-def engine_options(path: str, stop_ids: tuple[int, ...], lora_rank: int = 8) -> EngineOptions:
+def engine_options(device: str = "cpu") -> EngineOptions:
     return EngineOptions(
-        base=path,
-        tokenizer=path,
         dtype=torch.float32,
-        device="cpu",
-        quantised=False,
-        lora_rank=lora_rank,
+        device=device,
         max_length=512,
         max_concurrency=2 * SAMPLES,
         memory_gib=0.25,
         gpu_memory_share=0.5,
         seed=0,
-        stop_ids=stop_ids,
     )
 
 
@@ -379,11 +374,11 @@ import json, sys
 from pathlib import Path
 from rlhf.protocols import Published
 from rlhf.types import Completion
-from rollout.vllm_generator import VllmGenerator
+from rollout.vllm_generator import Served, VllmGenerator
 from test_generators import engine_options
 
 base, stop_ids, rank, probes = json.loads(sys.stdin.readline())
-generator = VllmGenerator(engine_options(base, tuple(stop_ids), rank))
+generator = VllmGenerator(Served(base, tuple(stop_ids), rank), engine_options())
 some = [Completion("p", i, "", tuple(ids), tuple(prompt), (), "length", 0)
         for i, (prompt, ids) in enumerate(probes)]
 for line in sys.stdin:

@@ -77,9 +77,9 @@ BAD_VERDICTS: dict[str, tuple[list[Any], int, str]] = {
     "misspelt": ([{**VERDICT, "promt_id": "p"}], 1, "found promt_id; write prompt_id"),
     "said twice": ([VERDICT, VERDICT], 2, "stands at line 1 already; take one out"),
     "two kinds": (
-        [VERDICT, pair(item_id="k")],
+        [VERDICT, pair(order="ab")],
         2,
-        "the kind of verdicts of judge 'j' on 'd' must be score as at line 1, found winner",
+        "verdicts of judge 'j' on 'd' for item 'i' must be score as at line 1, found winner",
     ),
     "two prompts": (
         [{**VERDICT, "prompt_id": "p"}, {**VERDICT, "judge": "k", "prompt_id": "q"}],
@@ -106,14 +106,13 @@ def test_a_bad_verdict_exits_2_with_file_line_rule_and_remedy(
 
 
 BAD_GOLD: dict[str, tuple[list[Any], str]] = {
-    "no label": ([{**GOLD, "score": None}], "score must be a label, found null; leave out items"),
     "labelled twice": (
         [GOLD, GOLD],
         "a label of item 'i' on 'd' by an annotator without a name stands at line 1 already",
     ),
     "two kinds": (
-        [GOLD, {"item_id": 2, "dimension": "d", "winner": "a"}],
-        "the kind of gold on 'd' must be score as at line 1, found winner",
+        [GOLD, {"item_id": "i", "dimension": "d", "winner": "a", "annotator": "kim"}],
+        "the kind of gold on item 'i', dimension 'd' must be score as at line 1, found winner",
     ),
     "misspelt": ([{**GOLD, "anotator": "x"}], "found anotator; write annotator"),
 }
@@ -145,7 +144,7 @@ def test_files_that_are_missing_empty_or_of_other_items_are_refused(tmp_path: Pa
     verdicts, gold = write(tmp_path / "v.jsonl", VERDICT), write(tmp_path / "g.jsonl", GOLD)
     with pytest.raises(InputError, match="must be a JSONL file of verdicts, found no file"):
         read_both(tmp_path / "none.jsonl", gold)
-    with pytest.raises(InputError, match="must hold at least one gold label, found no lines"):
+    with pytest.raises(InputError, match="must hold at least one gold label, found none"):
         read_both(verdicts, write(tmp_path / "empty.jsonl", ""))
     other = write(tmp_path / "other.jsonl", {**GOLD, "item_id": "k"})
     with pytest.raises(InputError, match="must share items, found none.*'i'.*'k'"):

@@ -126,9 +126,9 @@ def test_a_spent_budget_stops_resumably_and_a_larger_one_goes_on(
 def test_a_pairwise_judge_trains_too(tiny_model: Path, tmp_path: Path) -> None:
     def compare(request: Request) -> Reply:
         texts = re.findall(
-            r" answer [AB]>>>\n(.*?)\n<<<", request.body["messages"][1]["content"], re.S
+            r"<<<\w+ answer [AB]>>>\n(.*?)\n<<<", request.body["messages"][1]["content"], re.S
         )
-        first, second = map(grade, texts[-2:])
+        first, second = map(grade, texts)
         winner = "tie" if first == second else "A" if first > second else "B"
         return chat(json.dumps({"reason": "so", "winner": winner}))
 

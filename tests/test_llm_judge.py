@@ -21,6 +21,7 @@ from rlhf.protocols import ModelJudge
 from rlhf.types import Completion, Prompt, Score, scores_table
 from rollout.judges.backends import Answer, Call, Keep, Token
 from rollout.judges.fence import Fence, harmless, suspicion
+from rollout.judges.identity import identity
 from rollout.judges.llm import LlmJudge, calls, load_rubrics
 from rollout.judges.panel import planned_calls, score_all, suspicious
 
@@ -431,6 +432,7 @@ def test_every_run_has_a_nonce_of_its_own_and_the_key_of_a_call_has_none() -> No
         {"max_tokens": 64},
         {"grade": "expected"},
         {"mode": "pairwise"},
+        {"scale_order": "descending"},
         {"rubrics": {"style": "helpfulness"}},
         {"dimensions": ["style", "correctness"], "one_call": "all"},
     ],
@@ -440,6 +442,31 @@ def test_a_certificate_is_for_one_wording_and_decoding(changed: dict[str, Any]) 
     assert judge(reply)[0].wording_sha256("style") == judge(reply)[0].wording_sha256("style")
     other = judge(reply, **changed)[0].wording_sha256("style")
     assert other != judge(reply)[0].wording_sha256("style")
+
+
+def test_a_certificate_is_for_the_weights_in_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "judge"
+    folder.mkdir()
+    found = []
+    for weights in (b"one", b"other", b"one"):
+        (folder / "model.safetensors").write_bytes(weights)
+        found.append(identity(judge(said(verdict(3)), model=str(folder))[0], "style"))
+    assert found[0] == found[2] != found[1]
+    assert found[0] is not None and found[0].model_revision is not None
+
+
+@pytest.mark.parametrize("mode", ["pointwise", "pairwise"])
+def test_the_scale_is_listed_in_the_order_asked_for_and_grades_mean_the_same(mode: str) -> None:
+    """An ensemble may vary it: a grade that comes from its place in the list is no judgement."""
+    told = verdict(4) if mode == "pointwise" else json.dumps({"reason": "so", "winner": "A"})
+    shown, scores = [], []
+    for order in ("ascending", "descending"):
+        built, backend = judge(said(told), mode=mode, scale_order=order)
+        scores.append([s.score for s in built.score([item("At nine.", 0), item("Never.", 1)])])
+        text = backend.asked[0].messages[0]["content"]
+        shown.append([g for line in text.splitlines() for g in re.findall(r"^(\d): ", line)])
+    assert shown == [["1", "2", "3", "4", "5"], ["5", "4", "3", "2", "1"]]
+    assert scores[0] == scores[1] and None not in scores[0]
 
 
 def test_start_refuses_expected_where_the_endpoint_gives_no_log_probs() -> None:
@@ -486,15 +513,16 @@ def config(**entry: Any) -> RunConfig:
 
 def test_calls_are_counted_before_they_are_made() -> None:
     """Pairwise: 4 x 3 x 10 prompts in 2 rounds; 2 x 1 x 20 in 3 evaluations (a lone greedy answer
-    takes none); twice that of 30 at the end: 240 + 120 + 120."""
+    takes none); twice that of 30 at the end; canaries: 2 x 2 x 10 prompts in 2 rounds: 240 + 120 +
+    120 + 80."""
     (line,) = planned_calls(config(mode="pairwise"), train=100, gate=20, final=30)
     assert line == (
-        "judge reader: at most 480 calls to m (pairwise): 120 for each of 2 rounds, 40 for each "
-        "of 3 evaluations, 120 for the final split"
+        "judge reader: at most 560 calls to m (pairwise): 120 for each of 2 rounds and 40 to watch "
+        "the judges there, 40 for each of 3 evaluations, 120 for the final split"
     )
     pointwise = config(backend="openai", traffic={"max_calls": 100})
     (line,) = planned_calls(pointwise, train=100, gate=20, final=30)
-    assert "at most 335 calls" in line and line.endswith("; budget 100, which may not do")
+    assert "at most 415 calls" in line and line.endswith("; budget 100, which may not do")
 
 
 @pytest.mark.engine

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from rlhf.errors import ParityError
 from rlhf.learner import Learner
 from rlhf.policy import Policy
 from rlhf.protocols import Loaded, Published
-from rollout import vllm_compat
-from rollout.vllm_generator import VllmGenerator
+from rollout.vllm_engine import InProcessEngine, device_arguments
+from rollout.vllm_generator import Served, VllmGenerator
 from rollout.weight_sync import Serving, weights_sha256
 
 ROOT = Path(__file__).parents[1]
@@ -56,9 +55,8 @@ def engine() -> CardEngine:
 @pytest.fixture
 def generator(engine: CardEngine, tiny_model: Path) -> VllmGenerator:
     """Serves version 3 on a card; its engine is the fake."""
-    options = engine_options(str(tiny_model), (0,))
-    built = VllmGenerator(replace(options, device="cuda"))
-    built._llm = engine
+    built = VllmGenerator(Served(str(tiny_model), (0,)), engine_options("cuda"))
+    built._engine._llm = engine
     built.load(Published(3, tiny_model, "merged", weights_sha256(tiny_model)))
     engine.asked.clear()
     return built
@@ -71,6 +69,22 @@ def test_an_engine_sleeps_with_its_weights_in_host_memory(
     assert engine.asked == ["sleep 1"], "level 2 would drop the weights"
     assert generator.wake() == Loaded(3, weights_sha256(tiny_model))
     assert engine.asked == ["sleep 1", "wake", "compute_weight_checksums"]
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cuda", ["sleep 1", "wake"]), ("cpu", [])])
+def test_an_engine_sleeps_once_and_wakes_only_from_sleep(
+    engine: CardEngine, device: str, asked: list[str]
+) -> None:
+    """Judges wake at each question, however often they were put to sleep before it."""
+    built = InProcessEngine(engine_options(device))
+    built.sleep()
+    assert not built.wake(), "what has not started does not sleep"
+    built._llm = engine
+    assert not built.wake()
+    built.sleep()
+    built.sleep()
+    assert (built.wake(), built.wake()) == (device == "cuda", False)
+    assert engine.asked == asked
 
 
 def test_weights_that_changed_in_their_sleep_are_fatal(
@@ -93,14 +107,13 @@ def test_a_load_is_what_the_next_wake_is_compared_with(
     assert loaded.version == 4
 
 
-def test_a_card_is_shared_by_sleeping_and_a_cpu_is_not(tiny_model: Path) -> None:
-    options = engine_options(str(tiny_model), (0,))
-    on_card = vllm_compat.engine_arguments(replace(options, device="cuda"))
-    assert on_card == {
+def test_a_card_is_shared_by_sleeping_and_a_cpu_is_not() -> None:
+    options = engine_options()
+    assert device_arguments(options, "cuda") == {
         "gpu_memory_utilization": options.gpu_memory_share,
         "enable_sleep_mode": True,
     }
-    assert "enable_sleep_mode" not in vllm_compat.engine_arguments(options)
+    assert "enable_sleep_mode" not in device_arguments(options, "cpu")
 
 
 def test_the_learner_lets_go_before_the_engine_wakes(tiny_model: Path, tmp_path: Path) -> None:

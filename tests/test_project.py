@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"launch", "rlhf", "rollout"}
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = ("cpu.txt", "gpu.txt")
-# Of the report: pages, their style and script.
+# Of the report and the blind sheet: pages, their style and script.
 TEMPLATES = {".j2", ".css", ".js"}
 # What vLLM's CPU build names and `make setup` leaves out.
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec", "setuptools"}
@@ -94,7 +94,7 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
         assert PurePosixPath("launch/configs", preset.relative_to(ROOT / "configs")) in names
     assert PurePosixPath("launch/configs/demo.yaml") in names
     articles = sorted((ROOT / "rollout/support_desk").rglob("*.yaml"))
-    templates = sorted((ROOT / "rlhf/report/templates").iterdir())
+    templates = sorted(p for p in (ROOT / "rlhf").rglob("*") if p.suffix in TEMPLATES)
     assert articles
     assert {path.suffix for path in templates} == TEMPLATES
     for path in [*articles, *templates]:

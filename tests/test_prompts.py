@@ -312,12 +312,38 @@ def test_duplicates_long_prompts_and_limits_are_counted(tmp_path: Path) -> None:
     assert pools.counts["train"] == {
         "read": 6,
         "duplicates": 1,
+        "near_duplicates": 0,
         "too_long": 1,
         "limited": 2,
         "kept": 2,
         "clusters": 2,
     }
     assert all(1 <= len(p.token_ids) <= 3 for p in pools.train)
+
+
+def test_near_duplicates_fall_where_a_limit_says_so_and_what_measures_stands(
+    tmp_path: Path,
+) -> None:
+    asked = "When will the refund for my last order arrive in my bank account"
+    passage = "Refunds take five working days. " * 3
+    train = [
+        {"prompt": f"{asked}?", "prompt_id": "like gate"},
+        {"prompt": "How do I reset the password of my account, please", "prompt_id": "first"},
+        {"prompt": "How do I reset the password of my account, please!!", "prompt_id": "second"},
+        {"prompt": f"{asked}!?", "context": passage, "prompt_id": "other context"},
+        {"prompt": "Is it long?", "context": passage + "x", "prompt_id": "other question"},
+        {"prompt": "Will it rain?", "context": passage, "prompt_id": "one more question"},
+    ]
+    gate = [{"prompt": asked, "prompt_id": "gate"}]
+    system = "You answer questions of customers, briefly and politely. " * 4
+    plain = load(tmp_path, train, gate, system=system)
+    assert len(plain.train) == 6 and plain.counts["train"]["near_duplicates"] == 0
+    pools = load(tmp_path, train, gate, system=system, max_similarity=0.8)
+    assert {p.prompt_id for p in pools.train} == {
+        "first", "other context", "other question", "one more question",
+    }  # fmt: skip
+    assert pools.counts["train"]["near_duplicates"] == 2
+    assert [p.prompt_id for p in pools.gate] == ["gate"]
 
 
 def test_a_prompt_of_exactly_max_tokens_is_kept(tmp_path: Path) -> None:

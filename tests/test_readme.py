@@ -5,6 +5,7 @@ Where that would take minutes, a GPU or a network, a flag makes it say what it w
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -43,8 +44,9 @@ def blocks(language: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """The commands in a piece of README, without their comments."""
-    return [line.split("  #")[0].strip() for line in COMMAND.findall(text)]
+    """The commands in a piece of README, without their comments, each on one line."""
+    joined = re.sub(r" *\\\n *", " ", text)
+    return [line.split("  #")[0].strip() for line in COMMAND.findall(joined)]
 
 
 def told() -> list[list[str]]:
@@ -108,6 +110,11 @@ SHOWS = {
     "pairloop judge calibrate --verdicts verdicts.jsonl --gold gold.jsonl": "refused",
     "pairloop judge calibrate run.yaml": "certificate: certificates/",
     "pairloop judge cache RUN": "org/reader",
+    "pairloop judge audit RUN": "onlooker",
+    "pairloop judge sample runs/demo": "sheet.html",
+    "pairloop judge gold runs/demo/sheet kim.csv gold-lee.jsonl": "by kim, lee",
+    "pairloop judge calibrate runs/demo/config.yaml --verdicts runs/demo/sheet/verdicts.jsonl "
+    "--gold runs/demo/sheet/gold.jsonl": "within_prompt_accuracy",
     "pairloop pairs analyze train.jsonl test.jsonl": "identical",
     "pairloop pairs filter train.jsonl kept.jsonl --fallen fallen.jsonl": "kept.jsonl",
     "pairloop pairs convert kept.jsonl kto.parquet --to labels-chat": "kto.parquet",
@@ -167,9 +174,42 @@ def ran(folder: Path) -> None:
     (folder / "RUN").symlink_to(done)
 
 
+def audited(folder: Path) -> None:
+    """`RUN`, whose audit judge was asked about a round's pairs."""
+    runs = report_runs.Runs(report_runs.make_config(folder / "runs"), [0.5, 0.6])
+    runs.start()
+    runs.sample(1)
+    runs.select(1)
+    round = runs.store.round(1)
+    round.table("audit/pairs", lambda: round.stored_table("pairs"))
+    said = {"judge": "onlooker", "dimension": "words", "value": 0.8, "low": 0.6, "high": 0.9}
+    counted = {"preferred": 4, "equal": 0, "against": 1, "abstained": 0, "verdict": "agrees"}
+    record = {"pairs": 5, "judges": [{**said, **counted}], "inverted": ""}
+    round.record("audit", lambda: record)
+    (folder / "RUN").symlink_to(runs.close())
+
+
+def handed_in(folder: Path) -> None:
+    """Two people's labels of the first pairs of `runs/demo`'s sheet, as CSV and as the page saves
+    them."""
+    with (folder / "runs/demo/sheet/sheet.csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))[:20]
+    with (folder / "kim.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "style": "a", "annotator": "kim"} for row in rows)
+    said = {"dimension": "style", "winner": "b", "annotator": "lee"}
+    jsonl(folder / "gold-lee.jsonl", *({"item_id": row["item_id"], **said} for row in rows))
+
+
+BEFORE = {"pairloop judge gold": handed_in}
+"""What happens between two commands of a block."""
+
 PLACES: dict[str, Callable[[Path], None]] = {
     "pairloop judge calibrate": judged,
+    "pairloop judge audit": audited,
     "pairloop judge cache": ran,
+    "pairloop judge sample": ran,
     "pairloop pairs": paired,
     "pairloop report": ran,
 }
@@ -216,6 +256,9 @@ def test_the_commands_of_the_readme_run(
         if command in NOT_RUN:
             continue
         assert command in SHOWS, f"README tells people to run a new command: {command}"
+        for start, happens in BEFORE.items():
+            if command.startswith(start):
+                happens(tmp_path)
         assert SHOWS[command] in run(command, capsys)
 
 

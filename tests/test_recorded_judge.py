@@ -9,7 +9,10 @@ from typing import Any
 
 import polars as pl
 import pytest
+import yaml
+from fakes import run_values
 
+from launch.cli import main
 from launch.judging import identities
 from rlhf.certificates import JudgeIdentity
 from rlhf.config_judges import RecordedSpec
@@ -175,3 +178,54 @@ def test_what_it_says_may_train_once_its_own_file_was_calibrated(tmp_path: Path)
     path = written(tmp_path / "kim.jsonl", line(answer_id("q", "Yes."), 1.0))
     (found,) = identities([judge(path)]).values()
     assert found == JudgeIdentity("kim") and not found.remote
+
+
+def _person_reads(run: Path, verdicts: Path) -> int:
+    """A verdict of kim's on every stored answer that has none yet; how many those are."""
+    known = {json.loads(text)["item_id"] for text in verdicts.read_text().splitlines()}
+    files = [p for p in run.rglob("*.parquet") if p.parent.name == "completions"]
+    added = 0
+    with verdicts.open("a") as out:
+        for prompt_id, text in pl.concat(
+            pl.read_parquet(p, columns=["prompt_id", "text"]) for p in files
+        ).iter_rows():
+            if (item := answer_id(prompt_id, text)) not in known:
+                known.add(item)
+                share = sum(map(text.count, "aeiou")) / max(1, len(text))
+                out.write(json.dumps(line(item, share)) + "\n")
+                added += 1
+    return added
+
+
+@pytest.mark.engine
+def test_a_person_judges_a_run_stage_by_stage_with_a_certificate(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each stage stops where the file lacks its answers; the same command goes on, and nobody is
+    asked about an answer twice."""
+    verdicts, gold = tmp_path / "kim.jsonl", tmp_path / "gold.jsonl"
+    pilot = [(f"{p}", n, (p % 4 + n) / 4) for p in range(80) for n in range(2)]
+    items = [{**line(answer_id(p, f"{n}"), score), "prompt_id": p} for p, n, score in pilot]
+    verdicts.write_text("".join(json.dumps(item) + "\n" for item in items))
+    labels = [{k: item[k] for k in ("item_id", "dimension", "score")} for item in items]
+    gold.write_text("".join(json.dumps(label) + "\n" for label in labels))
+    values = run_values(tmp_path, tiny_model, rounds={"count": 1})
+    (rules,) = values["judges"]["panel"]
+    kim = {"kind": "recorded", "name": "kim", "dimensions": ["style"], "verdicts": str(verdicts)}
+    values["judges"]["panel"] = [{**rules, "dimensions": ["correctness"]}, kim]
+    values["calibration"] = {"gold": str(gold), "verdicts": str(verdicts)}
+    values["calibration"] |= {"registry": str(tmp_path / "certificates"), "bootstrap": 200}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    assert main(["train", str(config)]) == 2
+    assert "kim on style: missing" in capsys.readouterr().err
+    assert main(["judge", "calibrate", str(config)]) == 0
+    run, stops = tmp_path / "runs/trial", 0
+    while (status := main(["train", str(config)])) == 3:
+        assert "holds no verdict on this answer" in capsys.readouterr().err
+        assert _person_reads(run, verdicts) > 0, "it stopped with nothing left to judge"
+        stops += 1
+    assert status == 0 and 3 <= stops <= 8
+    assert "Uncertified" not in (run / "summary.md").read_text()
+    scores = pl.read_parquet(run / "rounds/0001/scores/*.parquet").filter(judge="kim")
+    assert scores.height == 24 and not scores["abstained"].any()

@@ -15,9 +15,10 @@ import pytest
 from report_runs import Runs, make_config
 
 from launch.cli import main
+from rlhf.document import visible
 from rlhf.errors import InputError
 from rlhf.files import sha256_tree, write_parquet
-from rlhf.report import data, render, visible, write_report
+from rlhf.report import data, render, write_report
 from rlhf.report.answers import mark_pairs
 from rlhf.report.prompts import EXTREMES, browser
 from rlhf.rounds import RunStore

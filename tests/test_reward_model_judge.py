@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
+import yaml
+from fakes import run_values, write_prompts
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
@@ -211,6 +218,22 @@ def _pad_that_ends_every_text(folder: Path) -> None:
     _edit("config.json", lambda c: c.update(pad_token_id=tokenizer.pad_token_id))(folder)
 
 
+def _tokenizer_of_other_words(folder: Path) -> None:
+    """As many tokens as the model has embeddings, for another language."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    own = AutoTokenizer.from_pretrained(folder)
+    names = {own.pad_token_id: "<pad>", own.pad_token_id + 1: "<unk>"}
+    words = {names.get(i, f"w{i}"): i for i in range(len(own))}
+    other = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    other.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{% for m in messages %}{{ m['content'] }} w9 {% endfor %}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=other, unk_token="<unk>", pad_token="<pad>", chat_template=template
+    ).save_pretrained(folder)
+
+
 def _small_tokenizer(folder: Path) -> None:
     from small_models import small_tokenizer
 
@@ -222,8 +245,14 @@ def _small_tokenizer(folder: Path) -> None:
     [
         (_no_template, "has no chat template"),
         (_small_tokenizer, "belong to different models: 512 tokens for 49152 embeddings"),
+        (_tokenizer_of_other_words, "does not know plain English words"),
         (_pad_that_ends_every_text, r"every text ends in '<\|im_end\|>', which is also the pad"),
         (_edit("config.json", lambda c: c.update(pad_token_id=None)), "must name one pad token"),
+        (_edit("config.json", lambda c: c.update(pad_token_id=7)), "found 7 and 0: the last token"),
+        (
+            _edit("config.json", lambda c: c.update(max_position_embeddings=256)),
+            "engine.max_length must be at most 256",
+        ),
         (
             _edit("config.json", lambda c: c.update(architectures=["LlamaForCausalLM"])),
             "must be a model for sequence classification",
@@ -309,3 +338,74 @@ def test_vllm_gives_the_scores_of_transformers(
     assert found["vllm"] == pytest.approx(found["transformers"], abs=tolerance)
     assert max(found["vllm"]) - min(found["vllm"]) > 10 * tolerance, "they tell answers apart"
     assert any(not 0 <= r <= 1 for r in found["vllm"]), "raw scores, no sigmoid"
+
+
+def _train(values: dict[str, Any], folder: Path, *command: str) -> str:
+    """What the command says, in one line; its config is `values`."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    asked = [sys.executable, "-m", "launch", *command, str(path)]
+    done = subprocess.run(
+        asked, capture_output=True, text=True, timeout=400, cwd=folder, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return " ".join(done.stdout.split())
+
+
+def _write_verdicts(scores: pl.DataFrame, folder: Path) -> dict[str, str]:
+    """A round's scores as verdicts, and gold that thinks alike, on a scale of its own."""
+    paths = {name: folder / f"{name}.jsonl" for name in ("verdicts", "gold")}
+    with paths["verdicts"].open("w") as verdicts, paths["gold"].open("w") as gold:
+        for row in scores.iter_rows(named=True):
+            item = {"item_id": f"{row['prompt_id']}-{row['sample']}", "dimension": "style"}
+            said = {**item, "judge": "rm", "prompt_id": row["prompt_id"], "score": row["score"]}
+            verdicts.write(json.dumps(said) + "\n")
+            gold.write(json.dumps({**item, "score": row["score"] ** 2}) + "\n")
+    return {name: str(path) for name, path in paths.items()}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2)])
+def test_a_round_in_either_back_end_first_stamped_then_certified(
+    tiny_model: Path, reward_model: Path, tmp_path: Path, precision: str, tolerance: float
+) -> None:
+    """The first run is judged in Transformers and earns the certificate that the second, judged in
+    vLLM, trains by; both sample the same answers, since the policy is the same."""
+    engine = {"precision": precision, "max_length": 512, "memory_gib": 0.25}
+    rm = {**spec(reward_model).model_dump(mode="json"), "engine": engine}
+    values = run_values(tmp_path, tiny_model, rounds={"count": 1})
+    values["prompts"] = write_prompts(tmp_path, 16)
+    (rules,) = values["judges"]["panel"]
+    rules = {**rules, "dimensions": ["correctness"]}
+    values["selection"]["weights"] = {"correctness": 0.1, "style": 0.9}
+    values["calibration"] = {"registry": str(tmp_path / "certificates")}
+    scores = []
+    for backend, uncertified in (("transformers", "allow"), ("vllm", "refuse")):
+        values["run"]["name"] = backend
+        values["judges"]["panel"] = [rules, {**rm, "backend": backend}]
+        values["judges"]["uncertified"] = uncertified
+        told = _train(values, tmp_path, "train")
+        run = tmp_path / "runs" / backend
+        stamped = backend == "transformers"
+        assert ("UNCERTIFIED: rm trains style without a certificate" in told) == stamped
+        assert ("**Uncertified judges**: rm" in (run / "summary.md").read_text()) == stamped
+        assert ("Uncertified judges" in (run / "report.html").read_text()) == stamped
+        assert "asked what 2 + 2 is" in told
+        pairs = pl.read_parquet(run / "rounds/0001/pairs.parquet")
+        assert pairs.height > 0 and (pairs["reward_chosen"] > pairs["reward_rejected"]).all()
+        found = pl.read_parquet(run / "rounds/0001/scores/*.parquet").filter(judge="rm")
+        texts = pl.read_parquet(run / "rounds/0001/completions/*.parquet")
+        scores.append(found.join(texts, on=["prompt_id", "sample"], validate="1:1"))
+        if stamped:
+            values["calibration"] |= _write_verdicts(found, tmp_path)
+            assert "rm on style: granted" in _train(values, tmp_path, "judge", "calibrate")
+    first, second = scores
+    both = first.join(second, on=["prompt_id", "sample", "text"], validate="1:1")
+    assert both.height == first.height == second.height == 64
+    ours, theirs = (
+        both[name].str.strip_prefix("raw ").cast(pl.Float64).to_numpy()
+        for name in ("reason", "reason_right")
+    )
+    assert np.abs(ours - theirs).max() <= tolerance
+    assert np.ptp(ours) > 10 * tolerance, "they tell answers apart"

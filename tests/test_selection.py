@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise, product
 
 import polars as pl
@@ -70,6 +71,7 @@ many_rules = st.builds(
     min_margin=st.sampled_from([0.0, 0.05, 0.1]),
     max_pairs=st.none(),
     allow_truncated_chosen=st.booleans(),
+    max_similarity=st.sampled_from([None, 0.9]),
 )
 
 
@@ -77,6 +79,30 @@ many_rules = st.builds(
 @given(many_answers(), many_rules)
 def test_equals_the_definition_pair_by_pair(rows: list[Row], rules: Rules) -> None:
     assert picked(select(rows, rules)) == reference(rows, rules)
+
+
+def test_answers_that_hardly_differ_are_no_pair_where_a_limit_says_so() -> None:
+    """The next best pair is taken instead, and the funnel says what it cost."""
+    text = "Your refund is due within five working days of its approval."
+    rows = [
+        answer("a1", 0, (1.0, 1.0, 1.0), text),
+        answer("a1", 1, (0.6, 0.0, 0.0), text.replace("Your", "The").upper()),
+        answer("a1", 2, (0.7, 0.5, 0.5), "Ask the desk."),
+        answer("b1", 0, (1.0, 1.0, 1.0), text),
+        answer("b1", 1, (0.6, 0.0, 0.0), text + " "),
+        answer("b1", 2, (0.6, 0.0, 0.0), text + "!"),
+    ]
+    assert [pair[:3] for pair in picked(select(rows))] == [("a1", 0, 1), ("b1", 0, 2)]
+    strict = replace(RULES, max_similarity=0.8)
+    selected = select(rows, strict)
+    assert picked(selected) == reference(rows, strict)
+    assert [pair[:3] for pair in picked(selected)] == [("a1", 0, 2)]
+    margin, alike = [
+        s for s in selected.funnel["steps"] if s["step"] in ("margin", "near-duplicate")
+    ]
+    assert (margin["prompts"], alike["prompts"]) == (2, 1)
+    assert "more than 0.8 alike" in alike["why"]
+    assert selected.funnel["alone"]["pairs"]["near-duplicate"] == 2
 
 
 def test_the_lowest_samples_win_a_tie() -> None:

@@ -207,3 +207,33 @@ def test_row_order_changes_no_number_of_the_analysis() -> None:
     assert straight.pairs.equals(shuffled.pairs) and straight.funnel == shuffled.funnel
     draw = Draw(1, 200)
     assert record == analyse(mixed[0], mixed[1], mixed[2], shuffled.pairs, rules, draw)
+
+
+def test_where_noise_is_known_from_has_an_order() -> None:
+    """The config, then certificates, votes, canaries; a verifier has none."""
+    one_vote, two_votes = (planted(50, 0.05, 0.05, votes, seed=9)[1] for votes in (1, 2))
+    told = replace(RULES, canary_sd={"quality": 0.03})
+    assert found_noise(one_vote).sources == {"quality": "unknown"}
+    by_canaries = found_noise(one_vote, told)
+    assert (by_canaries.sources, by_canaries.sd) == ({"quality": "canaries"}, 0.03)
+    by_votes = found_noise(two_votes, told)
+    assert by_votes.sources == {"quality": "votes"} and by_votes.sd == found_noise(two_votes).sd
+    certified = replace(told, certified_sd={"quality": 0.02})
+    found = found_noise(two_votes, certified)
+    assert (found.sources, found.sd) == ({"quality": "certificate"}, 0.02)
+    given = found_noise(two_votes, replace(certified, retest_sd={"quality": 0.01}))
+    assert (given.sources, given.sd) == ({"quality": "config"}, 0.01)
+    exact = found_noise(two_votes, replace(certified, deterministic={"quality"}))
+    assert (exact.sources, exact.sd) == ({"quality": "verifier"}, 0.0)
+
+
+def test_canaries_let_min_margin_be_found() -> None:
+    _, votes = planted(200, 0.1, 0.02, 1, seed=3)
+    completions, scores, prompts = round_of(votes)
+    auto = replace(RULES, min_margin="auto")
+    with pytest.raises(InputError, match="no certificate or canary tells"):
+        select_pairs(completions, scores, prompts, auto)
+    selected = select_pairs(
+        completions, scores, prompts, replace(auto, canary_sd={"quality": 0.02})
+    )
+    assert 0 < selected.funnel["min_margin"] < 0.1

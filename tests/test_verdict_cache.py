@@ -117,6 +117,7 @@ def test_another_start_with_another_nonce_asks_nothing(cache: VerdictCache) -> N
         ({"grade": "expected"}, {}),
         ({"max_tokens": 300}, {}),
         ({"mode": "pairwise"}, {}),
+        ({"scale_order": "descending"}, {}),
         ({}, {"text": "At ten."}),
         ({}, {"asked": "Where?"}),
     ],

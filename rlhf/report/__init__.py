@@ -6,18 +6,12 @@ still going on can be reported at any time. The same folder gives the same bytes
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import unicodedata
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from rlhf.errors import InputError
-from rlhf.files import atomic_write
+from rlhf.document import document, write_document
 from rlhf.report import data, page
+from rlhf.report.judges import judges
 from rlhf.report.prompts import BUDGET, browser
 from rlhf.report.tables import duration
 from rlhf.run_view import RunView
@@ -42,51 +36,12 @@ def write_report(folder: Path, out: Path | None = None, budget: int = BUDGET) ->
     `budget` bounds the bytes that prompts and answers take; the page says what was left out.
     Raises InputError where `folder` holds no run, or `out` can't be written.
     """
-    path = out or folder / NAME
-    text = render(RunView(folder), budget)
-    try:
-        atomic_write(path, text.encode())
-    except OSError as error:
-        raise InputError(
-            f"--out must be a file that can be written: {path}: {error.strerror}; "
-            "give another --out"
-        ) from error
-    return path
+    return write_document(out or folder / NAME, render(RunView(folder), budget), "--out")
 
 
 def render(run: RunView, budget: int = BUDGET) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=visible,
-    )
-    script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
-    # Only this script may run, and nothing may be fetched: whatever a model wrote.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html.j2").render(
-        **_content(run, budget),
-        script=Markup(script),
-        script_hash=digest,
-        style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
-    )
-
-
-def visible(value: Any) -> Any:
-    """Text with control and invisible characters spelt out, so that none can reorder a line.
-
-    >>> visible("a\\u202eb")
-    'a⟨U+202E⟩b'
-    """
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "".join(
-        f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t" else c
-        for c in value
-    )
+    return document(_TEMPLATES, "page", _content(run, budget))
 
 
 def _content(run: RunView, budget: int) -> dict[str, Any]:
@@ -104,6 +59,7 @@ def _content(run: RunView, budget: int) -> dict[str, Any]:
         "facts": _facts(run, compared, pairs, kl, timing),
         "scores": page.scores(data.dimensions(run), compared) if run.evaluated else None,
         "gates": page.gates(data.gate_rows(run)),
+        "judges": judges(run),
         "funnels": page.funnels(run),
         "pools": data.pool_counts(run),
         "pairs": page.pairs(pairs),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -136,11 +135,3 @@ def shortened(text: str) -> str | list[Any]:
     if len(text) <= TEXT_LIMIT:
         return text
     return [text[:TEXT_LIMIT], len(text) - TEXT_LIMIT]
-
-
-def encoded(value: Any) -> str:
-    """JSON that nothing in it can end the `<script>` element around it."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text

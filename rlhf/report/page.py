@@ -10,6 +10,8 @@ from markupsafe import Markup
 
 from rlhf.report import charts, data
 from rlhf.report.data import Comparison, Dimension, Pairs, Point
+from rlhf.report.drawing import DOWN, INK, UP
+from rlhf.report.selection import explained
 from rlhf.report.tables import (
     comparison_row,
     curve_row,
@@ -163,13 +165,13 @@ def training(
     rows, size = data.curves(metrics)
     plots, tables = [], []
     if rows:
-        ratios = {"logratio_chosen": charts.UP, "logratio_rejected": charts.DOWN}
+        ratios = {"logratio_chosen": UP, "logratio_rejected": DOWN}
         panels = [
-            ("Loss", {"loss": charts.INK}, "mean over pairs"),
-            ("Accuracy", {"accuracy": charts.INK}, "share of pairs that prefer chosen"),
-            ("Margin", {"margin": charts.INK}, "beta × (chosen - rejected log-ratio)"),
+            ("Loss", {"loss": INK}, "mean over pairs"),
+            ("Accuracy", {"accuracy": INK}, "share of pairs that prefer chosen"),
+            ("Margin", {"margin": INK}, "beta × (chosen - rejected log-ratio)"),
             ("Log-ratios", ratios, "nats a sequence; solid chosen, dashed rejected"),
-            ("Gradient norm", {"grad_norm": charts.INK}, "L2, before clipping"),
+            ("Gradient norm", {"grad_norm": INK}, "L2, before clipping"),
         ]
         plots = [
             Plot(title, charts.curve_panel(rows, series, f"{title} by training step"), note)
@@ -239,6 +241,7 @@ def funnels(run: RunView) -> list[dict[str, Any]]:
                     "steps": _funnel_steps(funnel),
                     "yield": funnel["yield"],
                     "abstained": {d: count for d, count in unusable.items() if count},
+                    "explained": explained(funnel, round.record("selection")),
                 }
             )
     return found

@@ -14,13 +14,13 @@ from typing import Any
 
 import polars as pl
 
+from rlhf.document import encoded
 from rlhf.evaluation import AUDIT_PREFIX
 from rlhf.report.answers import (
     TEXT_LIMIT,
     answers_of,
     dimension_keys,
     drawn,
-    encoded,
     mark_pairs,
     pairs_of,
     short,

@@ -14,9 +14,9 @@ from pathlib import Path
 from rlhf.config_judges import EnsembleSpec
 from rlhf.errors import InputError
 from rlhf.protocols import Judge, ModelJudge
-from rlhf.types import Completion, Prompt, Score
+from rlhf.types import SUSPICIOUS, Completion, Prompt, Score
 from rollout.judges.cache import key_of
-from rollout.judges.fence import SUSPICIOUS, flagged
+from rollout.judges.fence import flagged
 from rollout.judges.llm import LlmJudge
 from rollout.judges.reward_model import RewardModelJudge
 from rollout.judges.verifier import Verifier
@@ -46,7 +46,7 @@ class Ensemble:
                 raise InputError(
                     f"{field}.members: {first[asks]} and {member.name} ask the same in the same "
                     "words, which is one vote, not two; give one of them another model, a rubric "
-                    "in other words (rubrics: a .yaml file), or another mode"
+                    "in other words (rubrics: a .yaml file), another scale_order or mode"
                 )
             first[asks] = member.name
         return cls(spec, members)
@@ -125,6 +125,7 @@ def _asks(judge: Judge) -> Mapping[str, object]:
             "kind": spec.kind,
             "model": dict(judge.backend.identity),
             "wording": {d: rubric.sha256 for d, rubric in sorted(judge.rubrics.items())},
+            "option order": spec.scale_order,
             "mode": spec.mode,
             "dimensions a call": spec.one_call,
         }

@@ -12,8 +12,7 @@ import re
 import secrets
 from collections.abc import Iterable
 
-SUSPICIOUS = "suspicious"
-"""Opens the reason of a score whose completion was flagged."""
+from rlhf.types import SUSPICIOUS
 
 # Turn marks of chat templates: <|im_end|>, <start_of_turn>, [INST], <<SYS>>, </s>, <eos>.
 _CONTROL = re.compile(

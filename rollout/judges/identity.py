@@ -36,7 +36,7 @@ def _of_llm(judge: LlmJudge, dimension: str) -> JudgeIdentity:
     return JudgeIdentity(
         spec.name,
         model=f"{spec.model} at {spec.base_url}" if remote else spec.model,
-        model_revision=spec.revision,
+        model_revision=judge.weights,
         rubric_hash=judge.wording_sha256(dimension),
         remote=remote,
     )

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import permutations
 from pathlib import Path
 
@@ -19,11 +21,23 @@ from rlhf.config_judges import LlmSpec
 from rlhf.errors import InputError
 from rlhf.files import read_json, write_json
 from rlhf.types import Completion, Prompt, Score
+from rollout.imports import resolve_path
 from rollout.judges import questions
 from rollout.judges.backends import Answer, Backend, Call
+from rollout.judges.cache import weights_of
 from rollout.judges.fence import Fence, flagged
 from rollout.judges.rubric import Rubric, load
-from rollout.judges.verdicts import Compared, Graded, NoVerdict, grades, winners
+from rollout.judges.verdicts import (
+    Compared,
+    Comparison,
+    Graded,
+    NoVerdict,
+    Shown,
+    Won,
+    comparisons,
+    grades,
+    winners,
+)
 
 Items = Sequence[tuple[Prompt, Completion]]
 Group = tuple[str, ...]
@@ -75,6 +89,7 @@ class LlmJudge:
         self.rubrics = {dimension: rubrics[dimension] for dimension in spec.dimensions}
         self.backend = backend
         self._fence = Fence()
+        self._noted: list[Comparison] | None = None
 
     @classmethod
     def of(cls, spec: LlmSpec, field: str, backend: Backend) -> LlmJudge:
@@ -112,11 +127,29 @@ class LlmJudge:
         said = [self.spec.mode, self.spec.grade, self._call(self._probe(group)).key]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
+    @cached_property
+    def weights(self) -> str | None:
+        """What tells these weights from others: the SHA-256 of a local model's, a hub id's
+        revision; None where it may change."""
+        local = self.spec.backend == "vllm" and resolve_path(self.spec.model).exists()
+        return weights_of(self.spec.model, None) if local else self.spec.revision
+
     def score(self, items: Items) -> list[Score]:
         """One `Score` for every item and dimension, in that order."""
         if self.spec.mode == "pairwise":
             return self._compare(items)
         return self._grade(items)
+
+    @contextmanager
+    def noting(self) -> Iterator[list[Comparison]]:
+        """Within it the comparisons behind the scores are kept, in the list that this yields: for
+        what measures a pairwise judge. A pointwise one makes none."""
+        noted: list[Comparison] = []
+        self._noted = noted
+        try:
+            yield noted
+        finally:
+            self._noted = None
 
     def news(self) -> str | None:
         """See `Backend.news`."""
@@ -178,10 +211,12 @@ class LlmJudge:
             for g in self._groups(items[a][0])
         ]
         answers = self._ask(asked)
-        won: dict[tuple[str, tuple[str, ...], str], Compared | NoVerdict] = {}
+        won: dict[Shown, Compared | NoVerdict] = {}
         for question, answer in answers.items():
             for dimension, verdict in winners(answer, question.group).items():
                 won[question.prompt_id, question.texts, dimension] = verdict
+        if self._noted is not None:
+            self._noted += comparisons([completion for _, completion in items], won)
         scores = []
         for index, (prompt, completion) in enumerate(items):
             others = [items[other][1] for other in by_prompt[prompt.prompt_id] if other != index]
@@ -194,7 +229,7 @@ class LlmJudge:
         completion: Completion,
         others: Sequence[Completion],
         dimension: str,
-        won: Mapping[tuple[str, tuple[str, ...], str], Compared | NoVerdict],
+        won: Won,
     ) -> Score:
         """The win rate of one completion over the others of its prompt."""
         at = (completion.prompt_id, completion.sample, self.name, dimension)
@@ -236,12 +271,16 @@ class LlmJudge:
     def _call(self, question: Question) -> Call:
         group = {dimension: self.rubrics[dimension] for dimension in question.group}
         longest = self.spec.max_tokens * len(group)
+        best_first = self.spec.scale_order == "descending"
         if self.spec.mode == "pairwise":
             first, second = question.texts
-            messages = questions.comparing(question.prompt, first, second, group, self._fence)
+            messages = questions.comparing(
+                question.prompt, first, second, group, self._fence, best_first
+            )
             schema = questions.comparing_schema(group)
             return Call(messages, schema, longest, nonce=self._fence.nonce)
-        messages = questions.grading(question.prompt, question.texts[0], group, self._fence)
+        (text,) = question.texts
+        messages = questions.grading(question.prompt, text, group, self._fence, best_first)
         # Providers differ in how many they give; five are given by all.
         most = max(5, *(len(rubric.grades) for rubric in group.values()))
         alternatives = most if self._expected else 0
@@ -322,7 +361,7 @@ def _count(
     mine: str,
     theirs: str,
     dimension: str,
-    won: Mapping[tuple[str, tuple[str, ...], str], Compared | NoVerdict],
+    won: Won,
 ) -> None:
     """Add one comparison: both orders must agree, else it is a tie."""
     if mine == theirs:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import polars as pl
 
+from rlhf.canaries import A_PROMPT, ASKINGS
 from rlhf.config import RunConfig
 from rlhf.config_judges import (
     EnsembleSpec,
@@ -18,11 +19,10 @@ from rlhf.config_judges import (
 )
 from rlhf.errors import DataGateError, PairloopError
 from rlhf.protocols import Judge
-from rlhf.types import Completion, Prompt, Score
+from rlhf.types import SUSPICIOUS, Completion, Prompt, Score
 from rollout.judges.backends import Backend
 from rollout.judges.cache import CachedBackend, VerdictCache, key_of, weights_of
 from rollout.judges.ensemble import Ensemble
-from rollout.judges.fence import SUSPICIOUS
 from rollout.judges.llm import LlmJudge, calls
 from rollout.judges.recorded import RecordedJudge
 from rollout.judges.verifier import Verifier
@@ -88,8 +88,11 @@ class _Builder:
         return self._engines[held], lambda: weights_of(spec.model, spec.revision)
 
 
-def planned_calls(config: RunConfig, train: int, gate: int, final: int) -> list[str]:
-    """What model judges will be asked at most, one line a judge, from the prompts of each split.
+def planned_calls(
+    config: RunConfig, train: int, gate: int, final: int, gold: Sequence[int] = ()
+) -> list[str]:
+    """What model judges will be asked at most, one line a judge, from the prompts of each split,
+    and how many answers each prompt of the user's own canaries has.
 
     >>> planned_calls(config, train=100, gate=50, final=50)  # doctest: +SKIP
     ['judge reader: at most 2400 calls to org/judge: ...']
@@ -104,12 +107,16 @@ def planned_calls(config: RunConfig, train: int, gate: int, final: int) -> list[
             training = calls(spec, k) * min(per_round, train) if trains else 0
             evaluation = calls(spec, held_out) * gate + calls(spec, 1) * greedy
             claim = 2 * calls(spec, held_out) * final
-            most = rounds * training + (rounds + 1) * evaluation + claim
+            canaries = min(config.judges.canaries.answers // A_PROMPT, per_round, train)
+            watching = ASKINGS * sum(calls(spec, n) for n in [*[A_PROMPT] * canaries, *gold])
+            if not trains:
+                watching += calls(spec, 2) * min(config.judges.audit_pairs, per_round, train)
+            most = rounds * (training + watching) + (rounds + 1) * evaluation + claim
             limit = spec.traffic.max_calls if spec.backend == "openai" else None
             lines.append(
                 f"judge {spec.name}: at most {most} calls to {spec.model} ({spec.mode}): "
-                f"{training} for each of {rounds} rounds, {evaluation} for each of {rounds + 1} "
-                f"evaluations, {claim} for the final split"
+                f"{training} for each of {rounds} rounds and {watching} to watch the judges there, "
+                f"{evaluation} for each of {rounds + 1} evaluations, {claim} for the final split"
                 + (f"; budget {limit}, which may not do" if limit and limit < most else "")
             )
     return lines

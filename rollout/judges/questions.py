@@ -29,13 +29,16 @@ _FENCED = (
 _REASON = '"reason": one or two sentences'
 
 
-def grading(prompt: Prompt, answer: str, rubrics: Rubrics, fence: Fence) -> tuple[Message, ...]:
-    """The messages that ask for one answer's grade on each dimension."""
+def grading(
+    prompt: Prompt, answer: str, rubrics: Rubrics, fence: Fence, best_first: bool
+) -> tuple[Message, ...]:
+    """The messages that ask for one answer's grade on each dimension; `best_first` lists every
+    scale from its highest grade."""
     system = [_GRADE, _fenced(fence)]
     for dimension, rubric in rubrics.items():
         low, high = rubric.grades[0], rubric.grades[-1]
         system += [
-            _rubric(dimension, rubric),
+            _rubric(dimension, rubric, best_first),
             f"Grade: a whole number from {low} to {high}. null: {rubric.abstain}",
             *_examples(rubric, fence),
         ]
@@ -45,13 +48,13 @@ def grading(prompt: Prompt, answer: str, rubrics: Rubrics, fence: Fence) -> tupl
 
 
 def comparing(
-    prompt: Prompt, first: str, second: str, rubrics: Rubrics, fence: Fence
+    prompt: Prompt, first: str, second: str, rubrics: Rubrics, fence: Fence, best_first: bool
 ) -> tuple[Message, ...]:
     """The messages that ask which of two answers is better on each dimension."""
     system = [_COMPARE, _fenced(fence)]
     for dimension, rubric in rubrics.items():
         system += [
-            _rubric(dimension, rubric),
+            _rubric(dimension, rubric, best_first),
             f"null, for no verdict: {rubric.abstain}",
         ]
     system.append(_form(rubrics, '"winner": "A", "B", "tie" where neither is better, or null'))
@@ -116,9 +119,10 @@ def _fenced(fence: Fence) -> str:
     return _FENCED.format(open=fence.open("answer"))
 
 
-def _rubric(dimension: str, rubric: Rubric) -> str:
-    scale = "\n".join(f"{grade}: {anchor}" for grade, anchor in rubric.scale.items())
-    return f"# {dimension}\n{rubric.question}\n{scale}"
+def _rubric(dimension: str, rubric: Rubric, best_first: bool) -> str:
+    lines = [f"{grade}: {anchor}" for grade, anchor in rubric.scale.items()]
+    shown = reversed(lines) if best_first else lines
+    return "\n".join([f"# {dimension}", rubric.question, *shown])
 
 
 def _form(rubrics: Rubrics, verdict: str) -> str:

@@ -7,7 +7,6 @@ agree only where no text ends in the pad token, and one that does is refused.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from rlhf.config_judges import RewardModelSpec
 from rlhf.errors import InputError
 from rlhf.types import Message
 from rollout.judges.fence import harmless
+from rollout.vllm_engine import InProcessEngine, require_vllm
 
 Rows = Sequence[Sequence[int]]
 """Token ids, one row a text."""
@@ -226,64 +226,19 @@ class VllmEngine:
     """vLLM's pooling runner in this process."""
 
     def __init__(self, spec: RewardModelSpec, field: str, device: str) -> None:
-        if importlib.util.find_spec("vllm") is None:
-            raise InputError(
-                f"{field}.backend is vllm, but vLLM is not installed: pip install 'pairloop[vllm]' "
-                "(on a machine without GPU: make setup), or use backend transformers"
-            )
-        self._spec = spec
-        self._device = device
-        self._llm: Any = None
-        self._asleep = False
+        require_vllm(field, "transformers")
+        self._engine = InProcessEngine.of_judge(spec.engine, device)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """See `RewardEngine.load`. vLLM refuses weights that are not all there by itself."""
-        import torch
-
-        from rlhf.policy import DTYPES
-        from rollout import vllm_compat
-
-        if self._device == "auto":
-            self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        engine = self._spec.engine
-        options = vllm_compat.EngineOptions(
-            base=checkpoint.path,
-            tokenizer=checkpoint.path,
-            dtype=DTYPES[engine.precision],
-            device=self._device,
-            quantised=False,
-            lora_rank=0,
-            max_length=engine.max_length,
-            max_concurrency=engine.max_concurrency,
-            memory_gib=engine.memory_gib,
-            gpu_memory_share=engine.gpu_memory_share,
-            seed=0,
-            stop_ids=(),
-        )
-        vllm_compat.prepare()
-        from vllm import LLM
-
-        self._llm = LLM(
-            checkpoint.path,
-            runner="pooling",
-            revision=checkpoint.revision,
-            dtype=str(options.dtype).removeprefix("torch."),
-            max_model_len=options.max_length,
-            max_num_seqs=options.max_concurrency,
-            seed=options.seed,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **vllm_compat.engine_arguments(options),
-        )
+        self._engine.start(checkpoint.path, runner="pooling", revision=checkpoint.revision)
 
     def raw(self, rows: Rows) -> list[tuple[float, ...]]:
         """See `RewardEngine.raw`. Unless told not to, vLLM applies a sigmoid."""
         from vllm import PoolingParams, TokensPrompt
 
-        if self._asleep:
-            self._llm.wake_up()
-            self._asleep = False
-        outputs = self._llm.encode(
+        self._engine.wake()
+        outputs = self._engine.llm.encode(
             [TokensPrompt(prompt_token_ids=list(row)) for row in rows],
             PoolingParams(use_activation=False),
             pooling_task="classify",
@@ -292,18 +247,12 @@ class VllmEngine:
         return [tuple(output.outputs.data.float().tolist()) for output in outputs]
 
     def sleep(self) -> None:
-        """See `RewardEngine.sleep`; on a CPU there is no device to give."""
-        if self._llm is not None and self._device == "cuda" and not self._asleep:
-            self._llm.sleep(level=1)
-            self._asleep = True
+        """See `RewardEngine.sleep`."""
+        self._engine.sleep()
 
     def close(self) -> None:
         """See `RewardEngine.close`."""
-        if self._llm is not None:
-            from rollout import vllm_compat
-
-            vllm_compat.shut_down(self._llm)
-            self._llm = None
+        self._engine.close()
 
 
 def folder_of(model: str) -> Path | None:

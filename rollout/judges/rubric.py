@@ -71,7 +71,7 @@ class Rubric(Section):
 
     @property
     def grades(self) -> tuple[int, ...]:
-        """The scale's grades, as written."""
+        """The scale's grades, lowest first."""
         return tuple(map(int, self.scale))
 
     def value(self, grade: float) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Literal
 
+from rlhf.types import Completion
 from rollout.judges.backends import Answer, Token
 from rollout.judges.rubric import Rubric
 
@@ -33,6 +35,29 @@ class Compared:
 
     winner: Winner
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What was said of two answers to one prompt, in each order they were shown in; `value` is 1
+    where `sample` is better, -1 where `other` is, 0 for a tie, None for no verdict.
+
+    >>> seen = Comparison("p", 0, 1, "style", ab=1.0, ba=-1.0)
+    >>> seen.ab == seen.ba  # whichever stood first won
+    False
+    """
+
+    prompt_id: str
+    sample: int
+    other: int
+    dimension: str
+    ab: float | None
+    ba: float | None
+
+
+Shown = tuple[str, tuple[str, ...], str]
+"""Prompt, the texts in the order they were shown in, and the dimension."""
+Won = Mapping[Shown, Compared | NoVerdict]
 
 
 def grades(
@@ -88,6 +113,25 @@ def winners(answer: Answer, dimensions: Sequence[str]) -> dict[str, Compared | N
         else:
             found[dimension] = NoVerdict(_short(f"winner is {winner!r}, not A, B or tie"))
     return found
+
+
+def comparisons(completions: Sequence[Completion], won: Won) -> Iterator[Comparison]:
+    """Every two different answers to a prompt, on every dimension that was asked about."""
+    points = {"A": 1.0, "tie": 0.0, "B": -1.0}
+    dimensions = dict.fromkeys(dimension for _, _, dimension in won)
+    by_prompt: dict[str, list[Completion]] = {}
+    for completion in completions:
+        by_prompt.setdefault(completion.prompt_id, []).append(completion)
+    for prompt_id, answers in by_prompt.items():
+        for one, two in combinations(answers, 2):
+            for dimension in dimensions:
+                ahead = won.get((prompt_id, (one.text, two.text), dimension))
+                behind = won.get((prompt_id, (two.text, one.text), dimension))
+                if ahead is None or behind is None:
+                    continue
+                ab = points[ahead.winner] if isinstance(ahead, Compared) else None
+                ba = -points[behind.winner] if isinstance(behind, Compared) else None
+                yield Comparison(prompt_id, one.sample, two.sample, dimension, ab, ba)
 
 
 def _verdicts(answer: Answer, dimensions: Sequence[str], key: str) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,6 @@ The engine starts with the first question, so that a run that stops before has p
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rlhf.errors import InputError
 from rlhf.types import Message
 from rollout.imports import resolve_path
 from rollout.judges.backends import Answer, Call, Keep, Token
+from rollout.vllm_engine import InProcessEngine, require_vllm
 
 _REASON_CHARACTERS = 400
 """A small model would write until it is cut off, and a verdict that is cut off is none."""
@@ -24,19 +24,13 @@ class VllmBackend:
     """One engine; `device` is auto, cpu or cuda."""
 
     def __init__(self, spec: LlmSpec, field: str, device: str) -> None:
-        if importlib.util.find_spec("vllm") is None:
-            raise InputError(
-                f"{field}.backend is vllm, but vLLM is not installed: pip install 'pairloop[vllm]' "
-                "(on a machine without GPU: make setup), or use backend openai"
-            )
+        require_vllm(field, "openai")
         self._spec = spec
         self._source = resolve_path(spec.model)
         if spec.model.startswith(("/", "./", "../")) and not self._source.exists():
             raise InputError(f"{field}.model: there is no model at {spec.model}")
-        self._device = device
-        self._llm: Any = None
+        self._engine = InProcessEngine.of_judge(spec.engine, device)
         self._tokenizer: Any = None
-        self._asleep = False
         self.identity: Mapping[str, str] = {
             "backend": "vllm",
             "model": spec.model,
@@ -51,7 +45,7 @@ class VllmBackend:
         """See `Backend.ask`."""
         if not calls:
             return []
-        self._wake()
+        self._ready()
         answers: dict[int, Answer] = {}
         fitting: list[tuple[int, Call, list[int]]] = []
         limit = self._spec.engine.max_length
@@ -75,18 +69,12 @@ class VllmBackend:
         """See `Backend.news`: an engine of one's own costs nothing and answers for itself."""
 
     def sleep(self) -> None:
-        """Give the card back; on a CPU there is none."""
-        if self._llm is not None and self._device == "cuda" and not self._asleep:
-            self._llm.sleep(level=1)
-            self._asleep = True
+        """See `Backend.sleep`."""
+        self._engine.sleep()
 
     def close(self) -> None:
-        """Shut the engine down."""
-        if self._llm is not None:
-            from rollout import vllm_compat
-
-            vllm_compat.shut_down(self._llm)
-            self._llm = None
+        """See `Backend.close`."""
+        self._engine.close()
 
     def _generate(self, asked: Sequence[tuple[int, Call, list[int]]]) -> list[Answer]:
         if not asked:
@@ -104,57 +92,22 @@ class VllmBackend:
             for _, call, _ in asked
         ]
         prompts = [TokensPrompt(prompt_token_ids=ids) for _, _, ids in asked]
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        outputs = self._engine.llm.generate(prompts, parameters, use_tqdm=False)
         return [_read(output.outputs[0]) for output in outputs]
 
-    def _wake(self) -> None:
-        if self._llm is None:
-            self._start()
-        elif self._asleep:
-            self._llm.wake_up()
-            self._asleep = False
+    def _ready(self) -> None:
+        if self._engine.started:
+            self._engine.wake()
+            return
+        from rlhf.policy import materialise
 
-    def _start(self) -> None:
-        import torch
-
-        from rlhf.policy import DTYPES, materialise
-        from rollout import vllm_compat
-
-        engine = self._spec.engine
-        if self._device == "auto":
-            self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        path = materialise(str(self._source)) if self._source.exists() else self._spec.model
-        options = vllm_compat.EngineOptions(
-            base=path,
-            tokenizer=path,
-            dtype=DTYPES[engine.precision],
-            device=self._device,
-            quantised=False,
-            lora_rank=0,
-            max_length=engine.max_length,
-            max_concurrency=engine.max_concurrency,
-            memory_gib=engine.memory_gib,
-            gpu_memory_share=engine.gpu_memory_share,
-            seed=0,
-            stop_ids=(),
-        )
-        vllm_compat.prepare()
-        from vllm import LLM
-
-        self._llm = LLM(
-            path,
+        self._engine.start(
+            materialise(str(self._source)) if self._source.exists() else self._spec.model,
             revision=self._spec.revision,
-            dtype=str(options.dtype).removeprefix("torch."),
-            max_model_len=options.max_length,
-            max_num_seqs=options.max_concurrency,
             # White space between JSON tokens is where a small model gets lost.
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
-            seed=options.seed,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **vllm_compat.engine_arguments(options),
         )
-        self._tokenizer = self._llm.get_tokenizer()
+        self._tokenizer = self._engine.llm.get_tokenizer()
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         """Prompt token ids. Where a chat template knows no system role, the instructions open the

@@ -1,0 +1,152 @@
+"""A vLLM engine in this process: started once, asleep while the learner works, closed once.
+
+The generator, a language model as a judge and a reward model each have one. What an engine is built
+with stands here, what we change inside vLLM in `vllm_compat`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config_judges import Engine
+from rlhf.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What every engine is built with."""
+
+    dtype: torch.dtype
+    device: str
+    """auto, cpu or cuda."""
+    max_length: int
+    """Longest prompt plus completion, in tokens."""
+    max_concurrency: int
+    memory_gib: float
+    """Key-value cache on a CPU."""
+    gpu_memory_share: float
+    seed: int
+
+
+class InProcessEngine:
+    """One engine. It shares this process, so that sleep, reload and close act on it directly."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.options = options
+        self._llm: Any = None
+        self._asleep = False
+
+    @classmethod
+    def of_judge(cls, engine: Engine, device: str) -> InProcessEngine:
+        """The engine that a judge's configuration describes."""
+        from rlhf.policy import DTYPES
+
+        return cls(
+            EngineOptions(
+                dtype=DTYPES[engine.precision],
+                device=device,
+                max_length=engine.max_length,
+                max_concurrency=engine.max_concurrency,
+                memory_gib=engine.memory_gib,
+                gpu_memory_share=engine.gpu_memory_share,
+                seed=0,
+            )
+        )
+
+    @cached_property
+    def device(self) -> str:
+        """cpu or cuda."""
+        if self.options.device != "auto":
+            return self.options.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def started(self) -> bool:
+        """Whether it holds a model."""
+        return self._llm is not None
+
+    @property
+    def llm(self) -> Any:
+        """vLLM's `LLM`."""
+        assert self._llm is not None, "start the engine before using it"
+        return self._llm
+
+    def start(self, model: str, **arguments: Any) -> None:
+        """Read the model. `arguments` are those of vLLM's `LLM` that this engine's use needs."""
+        # vLLM reads this on import. A user's own setting wins.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from vllm import LLM
+
+        from rollout import vllm_compat
+
+        vllm_compat.sort_less(self.device)
+        if arguments.get("enable_lora"):
+            vllm_compat.score_prompts_with_adapters(self.device)
+
+        self._llm = LLM(
+            model,
+            dtype=str(self.options.dtype).removeprefix("torch."),
+            max_model_len=self.options.max_length,
+            max_num_seqs=self.options.max_concurrency,
+            seed=self.options.seed,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **device_arguments(self.options, self.device),
+            **arguments,
+        )
+
+    def sleep(self) -> None:
+        """Move weights to host memory and free the cache; a CPU engine has no card to give back."""
+        if self.started and self.device != "cpu" and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def wake(self) -> bool:
+        """Be ready again; whether it had slept."""
+        slept, self._asleep = self._asleep, False
+        if slept:
+            self._llm.wake_up()
+        return slept
+
+    def close(self) -> None:
+        """Shut the engine down; it may be started again."""
+        if self.started:
+            from rollout import vllm_compat
+
+            vllm_compat.shut_down(self._llm)
+            self._llm, self._asleep = None, False
+
+
+def device_arguments(options: EngineOptions, device: str) -> dict[str, Any]:
+    """Arguments that differ between a CPU and a GPU.
+
+    On a CPU the cache's size is given outright (else vLLM wants most of the machine's memory to be
+    free), requests with seeds crash under chunked prefill ("CPU Generator does not use offset"),
+    and graphs cost more to compile than a run gains.
+    """
+    if device != "cpu":
+        return {"gpu_memory_utilization": options.gpu_memory_share, "enable_sleep_mode": True}
+    return {
+        "kv_cache_memory_bytes": round(options.memory_gib * 2**30),
+        "enforce_eager": True,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(8192, options.max_length),
+    }
+
+
+def require_vllm(field: str, instead: str) -> None:
+    """Raise InputError where a judge's back end is vLLM, which isn't installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(
+            f"{field}.backend is vllm, but vLLM is not installed: pip install 'pairloop[vllm]' "
+            f"(on a machine without GPU: make setup), or use backend {instead}"
+        )
