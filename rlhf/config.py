@@ -136,7 +136,11 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _no_secrets(self) -> RunConfig:
         """The config is dumped, hashed and told to trackers."""
-        for name, text in _texts(self.model_dump()):
+        texts = list(_texts(self.model_dump()))
+        # Each look walks the whole environment: once for all, and again only to name the setting.
+        if secret_in("\n".join(text for _, text in texts)) is None:
+            return self
+        for name, text in texts:
             if (found := secret_in(text)) is not None:
                 raise ValueError(
                     f"{name} must hold no secret, but it holds {found}; leave it out here and set "

