@@ -26,7 +26,7 @@ from torch import Tensor
 from rlhf.config import RunConfig
 from rlhf.errors import InputError, NonFiniteError
 from rlhf.files import atomic_folder, read_json, sha256_file, write_json
-from rlhf.logprobs import Batch, collate, sequence_logps, split_rows, token_logps
+from rlhf.logprobs import Batch, TokenPair, collate, sequence_logps, split_rows, token_logps
 from rlhf.objectives import OBJECTIVES, PairLogps, pair_metrics
 from rlhf.policy import Policy
 from rlhf.types import Completion
@@ -140,7 +140,7 @@ class Learner:
         )
 
     def _score(
-        self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], kind: str
+        self, sequences: Sequence[TokenPair], kind: str
     ) -> Iterator[tuple[list[int], Batch, Tensor]]:
         size = 2 * self.settings.micro_batch_pairs
         order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i][0]), i))
@@ -255,13 +255,20 @@ class Learner:
             self._skip(scaler, optimizer, progress, averaged)
         return averaged
 
+    def sequence_logps(self, model: torch.nn.Module, sequences: Sequence[TokenPair]) -> Tensor:
+        """Sum of the completion's log-probs of each (prompt ids, completion ids), shape [S].
+
+        In the order given, differentiable; one forward pass of `model`, which may be wrapped.
+        """
+        batch = collate(sequences, self.policy.pad_id, self.policy.device)
+        with self.policy.autocast():
+            return sequence_logps(token_logps(model, batch, self.policy.model), batch)
+
     def _forward(
         self, model: torch.nn.Module, micro: Sequence[Example]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         sequences = [(e.prompt, e.chosen) for e in micro] + [(e.prompt, e.rejected) for e in micro]
-        batch = collate(sequences, self.policy.pad_id, self.policy.device)
-        with self.policy.autocast():
-            sums_2B = sequence_logps(token_logps(model, batch, self.policy.model), batch)
+        sums_2B = self.sequence_logps(model, sequences)
         chosen_B, rejected_B = sums_2B.chunk(2)
         logps = PairLogps(
             chosen_B,

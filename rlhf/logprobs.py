@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 Tokens = Sequence[int]
+TokenPair = tuple[Tokens, Tokens]
+"""Prompt ids and completion ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,7 @@ class Batch:
     """Row of each completion token."""
 
 
-def collate(
-    sequences: Sequence[tuple[Tokens, Tokens]], pad: int, device: torch.device | str
-) -> Batch:
+def collate(sequences: Sequence[TokenPair], pad: int, device: torch.device | str) -> Batch:
     """A batch from (prompt ids, completion ids). Raises ValueError on an empty prompt or answer."""
     length = max(len(p) + len(c) for p, c in sequences)
     ids = torch.full((len(sequences), length), pad, dtype=torch.long)
