@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 from rlhf.config_base import Section, Share
 from rlhf.config_calibration import Calibration
 from rlhf.config_judges import Judges
-from rlhf.config_learner import Learner, Model, Objective
+from rlhf.config_learner import Learner, Model
+from rlhf.config_objective import Objective
 from rlhf.config_rollout import Prompts, Rollout
 from rlhf.config_selection import (
     STANDARD_FLOORS,
@@ -190,6 +191,15 @@ class RunConfig(Section):
             raise ValueError(
                 "gates.dimensions must name a dimension whose score has a level, but every judge "
                 "of judges.panel is pairwise; add one that is not, or set gates.max_kl"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_hold_a_baseline(self) -> RunConfig:
+        if self.objective.needs.data == "labels" and self.learner.batch_pairs < 2:
+            raise ValueError(
+                f"learner.batch_pairs must be at least 2 with {self.objective.name}, whose "
+                f"baseline needs another answer in its step, got {self.learner.batch_pairs}"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""What is trained, and how: the policy, the objective, the optimizer step."""
+"""What is trained, and how: the policy and the optimizer step."""
 
 from __future__ import annotations
 
@@ -51,16 +51,6 @@ class Model(Section):
         return self
 
 
-class Objective(Section):
-    """What the pairs train."""
-
-    name: Literal["dpo"] = "dpo"
-    """`dpo`: Rafailov et al. 2023, equation 7."""
-    beta: Annotated[float, Field(gt=0)] = 0.2
-    """Strength of the leash to the reference; on-policy margins are small, so 0.1 drifts and 0.5
-    barely moves."""
-
-
 class Learner(Section):
     """How the policy is trained on a round's pairs."""
 
@@ -70,9 +60,10 @@ class Learner(Section):
     epochs: Annotated[int, Field(ge=1)] = 1
     """Passes over a round's pairs; fresh pairs come next round, so one is enough."""
     batch_pairs: Annotated[int, Field(ge=1)] = 16
-    """Pairs per optimizer step, over all ranks."""
+    """Pairs (for `kto`: labelled answers) per optimizer step, over all ranks."""
     micro_batch_pairs: Annotated[int, Field(ge=1)] = 4
-    """Pairs per forward pass; changes memory and speed, never the step."""
+    """Pairs (for `kto`: twice as many answers) per forward pass; changes memory and speed, never
+    the step."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Decay of the learning rate within a round."""
     warmup_share: Share = 0.1

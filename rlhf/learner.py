@@ -1,8 +1,8 @@
-"""The learner: one policy over Accelerate, trained on a round's pairs.
+"""The learner: one policy over Accelerate, trained on a round's pairs or labels.
 
-An optimizer step sums every pair's loss and divides by the step's pairs, so how the step is cut
-into micro-batches changes nothing but rounding. Checkpoints hold all that the next step depends
-on; the learning rate and the order of pairs are functions of (seed, round, step).
+An optimizer step sums every example's loss and divides by what the whole step holds, so how the
+step is cut into micro-batches changes nothing but rounding. Checkpoints hold all that the next step
+depends on; the learning rate and the order of examples are functions of (seed, round, step).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,39 +25,14 @@ from torch import Tensor
 
 from rlhf.config import RunConfig
 from rlhf.errors import InputError, NonFiniteError
+from rlhf.examples import Example, Order, Step, at_reference, data_of, logps_of, sequences
 from rlhf.files import atomic_folder, read_json, sha256_file, write_json
 from rlhf.logprobs import Batch, TokenPair, collate, sequence_logps, split_rows, token_logps
-from rlhf.objectives import OBJECTIVES, PairLogps, pair_metrics
+from rlhf.objectives import kl_baseline, metrics
 from rlhf.policy import Policy
 from rlhf.types import Completion
 
 OnStep = Callable[[int, dict[str, float]], None]
-
-REFERENCE = pl.Schema(
-    {
-        "prompt_id": pl.String,
-        "chosen_sample": pl.Int32,
-        "rejected_sample": pl.Int32,
-        "reference_chosen": pl.Float64,
-        "reference_rejected": pl.Float64,
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A pair as the learner needs it: sampled ids and the reference's log-probs."""
-
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    reference_chosen: float
-    reference_rejected: float
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that a forward pass over both sequences reads."""
-        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +99,18 @@ class Learner:
                 found[row] = values
         return found
 
-    def reference_logps(self, pairs: pl.DataFrame) -> pl.DataFrame:
-        """Sequence log-probs of both sides under the reference, schema `REFERENCE`.
+    def reference_logps(self, table: pl.DataFrame, round_index: int) -> pl.DataFrame:
+        """Sequence log-probs under the reference that a round on `table` needs (schema
+        `PAIR_REFERENCE` or `LABEL_REFERENCE` of `rlhf.examples`).
 
         Computed once a round before training, so that no second model is resident during it.
         """
-        sequences = []
-        for row in _examples(pairs):
-            sequences += [(row.prompt, row.chosen), (row.prompt, row.rejected)]
-        sums = np.empty(len(sequences))
-        for rows, batch, tokens_N in self._score(sequences, self.config.rounds.reference):
+        data, order = data_of(table, self.config.objective), self._order(round_index)
+        wanted = data.unscored(order)
+        sums = np.empty(len(wanted))
+        for rows, batch, tokens_N in self._score(wanted, self.config.rounds.reference):
             sums[rows] = sequence_logps(tokens_N, batch).double().cpu().numpy()
-        return pairs.select("prompt_id", "chosen_sample", "rejected_sample").with_columns(
-            reference_chosen=pl.Series(sums[0::2]), reference_rejected=pl.Series(sums[1::2])
-        )
+        return data.scored(order, sums.tolist())
 
     def _score(
         self, sequences: Sequence[TokenPair], kind: str
@@ -161,27 +134,30 @@ class Learner:
         if self.policy.device != "cpu":
             torch.cuda.empty_cache()
 
-    def plan(self, pairs: int) -> int:
-        """Optimizer steps of a round: epochs x ceil(pairs / batch_pairs)."""
-        return self.settings.epochs * math.ceil(pairs / self.settings.batch_pairs)
+    def plan(self, table: pl.DataFrame) -> int:
+        """Optimizer steps of a round on `table`."""
+        least = data_of(table, self.config.objective).least
+        return len(self._order(0).steps(table.height, least))
 
     def train(
         self,
-        pairs: pl.DataFrame,
-        reference: pl.DataFrame,
+        table: pl.DataFrame,
+        reference: pl.DataFrame | None,
         round_index: int,
         state: Path,
         on_step: OnStep,
         check: Callable[[], None],
     ) -> Trained:
-        """Train the policy in place on a round's pairs, from its current weights.
+        """Train the policy in place on a round's pairs or labels, from its current weights.
 
-        `state` keeps the mid-round checkpoint: a checkpoint there is gone on from, and one is
-        written every `checkpoint_steps` and when `check` raises `Interrupted`.
+        `reference` is what `reference_logps` gave, None for an objective without one. `state`
+        keeps the mid-round checkpoint: a checkpoint there is gone on from, and one is written
+        every `checkpoint_steps` and when `check` raises `Interrupted`.
         Raises NonFiniteError before any non-finite update (after a few in a row under fp16).
         """
-        examples = _examples(pairs, reference)
-        steps = self._steps(examples, round_index)
+        assert (reference is not None) == self.config.objective.needs.reference
+        order = self._order(round_index)
+        steps = data_of(table, self.config.objective).steps(order, reference)
         optimizer = self._optimizer()
         model, optimizer = self.accelerator.prepare(self.policy.model, optimizer)
         model.train()
@@ -203,17 +179,21 @@ class Learner:
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batch = steps[progress.step]
-            metrics = self._step(model, optimizer, scaler, batch, progress)
+            step = steps[progress.step]
+            found = self._step(model, optimizer, scaler, step, progress)
             seconds = time.perf_counter() - started
-            tokens = sum(e.tokens for e in batch)
-            metrics |= {"learning_rate": rate, "tokens_per_second": tokens / seconds}
+            found |= {"learning_rate": rate, "tokens_per_second": step.tokens / seconds}
             progress.step += 1
-            on_step(progress.step, metrics)
+            on_step(progress.step, found)
             self._save_or_stop(state, optimizer, scaler, progress, len(steps), check)
         self.accelerator.free_memory()
         return Trained(
             len(steps), len(steps) - progress.skipped, progress.skipped, progress.first_loss
+        )
+
+    def _order(self, round_index: int) -> Order:
+        return Order(
+            self.config.run.seed, round_index, self.settings.epochs, self.settings.batch_pairs
         )
 
     def _step(
@@ -221,39 +201,66 @@ class Learner:
         model: torch.nn.Module,
         optimizer: Any,
         scaler: torch.amp.GradScaler,
-        batch: Sequence[Example],
+        step: Step,
         progress: _Progress,
     ) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        denominator = {"pairs": len(batch)}[OBJECTIVES[self.config.objective.name].denominator]
-        size = self.settings.micro_batch_pairs
+        objective, loss = self.config.objective, step.loss(self.config.objective)
+        baseline = self._baseline(model, step)
+        tally = _Tally()
+        lost = torch.zeros(2, dtype=torch.float64)
         optimizer.zero_grad(set_to_none=True)
-        for start in range(0, len(batch), size):
-            micro = batch[start : start + size]
-            losses_B, metrics = self._forward(model, micro)
-            # Divided by what the whole step holds, not the micro-batch.
-            self.accelerator.backward(scaler.scale(losses_B.sum() / denominator))
-            metrics["loss"] = losses_B.detach().double().sum()
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        averaged = {name: value / len(batch) for name, value in totals.items()}
+        for micro in self._micro_batches(step):
+            sums_S = self.sequence_logps(model, sequences(micro))
+            logps = logps_of(micro, sums_S, baseline, objective.needs.reference)
+            own, nll = loss.parts(logps)
+            total = own + objective.sft * nll
+            self.accelerator.backward(scaler.scale(total))
+            lost += torch.stack([total, nll]).detach().double().cpu()
+            tally.add(metrics(logps, objective))
+        found = {"loss": float(lost[0]), **tally.means()}
+        if objective.sft:
+            found["nll"] = float(lost[1])
+        if step.mismatched:
+            found["kl_baseline"] = float(baseline)
         scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
         norm = torch.nn.utils.clip_grad_norm_(
             [p for _, p in self.policy.trainable()], self.settings.max_grad_norm
         )
-        averaged["grad_norm"] = float(norm)
-        finite = math.isfinite(averaged["loss"]) and math.isfinite(averaged["grad_norm"])
-        averaged["skipped"] = float(not finite)
+        found["grad_norm"] = float(norm)
+        finite = math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])
+        found["skipped"] = float(not finite)
         if progress.step == 0:
-            progress.first_loss = averaged["loss"]
-            self._check_first_loss(progress.round_index, averaged["loss"])
+            progress.first_loss = found["loss"]
+            self._check_first_loss(progress.round_index, step, found["loss"])
         if finite:
             progress.skipped_in_a_row = 0
             scaler.step(getattr(optimizer, "optimizer", optimizer))
             scaler.update()
         else:
-            self._skip(scaler, optimizer, progress, averaged)
-        return averaged
+            self._skip(scaler, optimizer, progress, found)
+        return found
+
+    def _micro_batches(self, step: Step) -> list[Sequence[Example]]:
+        """The step's examples, as many sequences at a time as `micro_batch_pairs` pairs have."""
+        size = self.settings.micro_batch_pairs
+        if self.config.objective.needs.data == "labels":
+            size *= 2
+        return [step.examples[s : s + size] for s in range(0, len(step.examples), size)]
+
+    def _baseline(self, model: torch.nn.Module, step: Step) -> Tensor:
+        """KTO's z0 of the whole step: no gradient, no dropout; 0 where nothing is mismatched."""
+        if not step.mismatched:
+            return torch.zeros((), device=self.policy.device)
+        size = 2 * self.settings.micro_batch_pairs
+        model.eval()
+        with torch.no_grad():
+            parts = [
+                self.sequence_logps(model, step.mismatched[start : start + size])
+                for start in range(0, len(step.mismatched), size)
+            ]
+        model.train()
+        policy_B = torch.cat(parts)
+        return kl_baseline(policy_B, policy_B.new_tensor(step.reference_mismatched))
 
     def sequence_logps(self, model: torch.nn.Module, sequences: Sequence[TokenPair]) -> Tensor:
         """Sum of the completion's log-probs of each (prompt ids, completion ids), shape [S].
@@ -263,22 +270,6 @@ class Learner:
         batch = collate(sequences, self.policy.pad_id, self.policy.device)
         with self.policy.autocast():
             return sequence_logps(token_logps(model, batch, self.policy.model), batch)
-
-    def _forward(
-        self, model: torch.nn.Module, micro: Sequence[Example]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        sequences = [(e.prompt, e.chosen) for e in micro] + [(e.prompt, e.rejected) for e in micro]
-        sums_2B = self.sequence_logps(model, sequences)
-        chosen_B, rejected_B = sums_2B.chunk(2)
-        logps = PairLogps(
-            chosen_B,
-            rejected_B,
-            sums_2B.new_tensor([e.reference_chosen for e in micro]),
-            sums_2B.new_tensor([e.reference_rejected for e in micro]),
-        )
-        objective = OBJECTIVES[self.config.objective.name]
-        beta = self.config.objective.beta
-        return objective.losses(logps, beta), pair_metrics(logps, beta)
 
     def _skip(
         self,
@@ -304,17 +295,6 @@ class Learner:
                 f"now {scaler.get_scale():g}); use model.precision bf16 or fp32"
             )
 
-    def _steps(self, examples: Sequence[Example], round_index: int) -> list[list[Example]]:
-        steps = []
-        for epoch in range(self.settings.epochs):
-            rng = np.random.default_rng((self.config.run.seed, round_index, epoch))
-            order = [examples[i] for i in rng.permutation(len(examples))]
-            for start in range(0, len(order), self.settings.batch_pairs):
-                # Similar lengths side by side, so that micro-batches carry little padding.
-                step = order[start : start + self.settings.batch_pairs]
-                steps.append(sorted(step, key=lambda e: (e.tokens, e.prompt)))
-        return steps
-
     def _optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             [p for _, p in self.policy.trainable()],
@@ -322,17 +302,21 @@ class Learner:
             weight_decay=self.settings.weight_decay,
         )
 
-    def _check_first_loss(self, round_index: int, loss: float) -> None:
-        at_reference = self.config.rounds.reference == "round_start" or round_index == 1
-        if not at_reference or _drops_out(self.policy.model) or not math.isfinite(loss):
+    def _check_first_loss(self, round_index: int, step: Step, loss: float) -> None:
+        objective = self.config.objective
+        at_start = self.config.rounds.reference == "round_start" or round_index == 1
+        if not at_start or not objective.needs.reference or not math.isfinite(loss):
             return
-        # Before any update policy = reference, so every DPO loss is ln 2 up to padding's rounding.
-        allowed = 1e-3 if self.config.model.precision == "fp32" else 0.1
-        if abs(loss - math.log(2)) > allowed:
+        if _drops_out(self.policy.model):
+            return
+        # Before any update policy = reference: DPO's loss is ln 2, up to padding's rounding.
+        expected = float(step.loss(objective).total(at_reference(step, self.policy.device)))
+        allowed = (1e-3 if self.config.model.precision == "fp32" else 0.1) * max(1, expected)
+        if abs(loss - expected) > allowed:
             raise NonFiniteError(
-                f"round {round_index}: the first step's DPO loss is {loss:.4f}, not ln 2 = 0.6931: "
-                "reference log-probs and policy disagree about the same weights, which were not "
-                "touched"
+                f"round {round_index}: the first step's {objective.name} loss is {loss:.4f}, not "
+                f"the {expected:.4f} that it is at the reference: reference log-probs and policy "
+                "disagree about the same weights, which were not touched"
             )
 
     def _save_or_stop(
@@ -416,24 +400,20 @@ class Learner:
         )
 
 
-def _examples(pairs: pl.DataFrame, reference: pl.DataFrame | None = None) -> list[Example]:
-    if reference is None:
-        table = pairs.with_columns(reference_chosen=pl.lit(0.0), reference_rejected=pl.lit(0.0))
-    else:
-        keys = ["prompt_id", "chosen_sample", "rejected_sample"]
-        table = pairs.join(reference, on=keys, how="left", validate="1:1", maintain_order="left")
-        missing = table["reference_chosen"].null_count() + table["reference_rejected"].null_count()
-        assert not missing, "every pair has its reference log-probs"
-    return [
-        Example(
-            tuple(row["prompt_token_ids"]),
-            tuple(row["chosen_token_ids"]),
-            tuple(row["rejected_token_ids"]),
-            row["reference_chosen"],
-            row["reference_rejected"],
-        )
-        for row in table.iter_rows(named=True)
-    ]
+class _Tally:
+    """Sums and counts of a step, micro-batch by micro-batch."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[float, float]] = {}
+
+    def add(self, sums: Mapping[str, tuple[Tensor, float]]) -> None:
+        for name, (value, count) in sums.items():
+            before, of = self._found.get(name, (0.0, 0))
+            self._found[name] = (before + float(value), of + count)
+
+    def means(self) -> dict[str, float]:
+        """Nothing of what there was nothing of: a step may have no bad answer."""
+        return {n: value / of for n, (value, of) in self._found.items() if of}
 
 
 def _drops_out(model: torch.nn.Module) -> bool:

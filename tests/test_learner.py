@@ -23,7 +23,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rlhf.config import RunConfig
 from rlhf.errors import InputError, Interrupted, NonFiniteError
-from rlhf.learner import REFERENCE, Learner, Trained, learning_rate
+from rlhf.examples import PAIR_REFERENCE
+from rlhf.learner import Learner, Trained, learning_rate
 from rlhf.logprobs import collate, sequence_logps, token_logps
 from rlhf.policy import Policy
 from rlhf.types import Completion, pairs_schema
@@ -139,7 +140,7 @@ def train(
 ) -> tuple[Trained, Log]:
     log = Log(learner)
     if reference is None:
-        reference = learner.reference_logps(pairs)
+        reference = learner.reference_logps(pairs, round_index)
     return learner.train(pairs, reference, round_index, state, log, check), log
 
 
@@ -195,7 +196,7 @@ def test_micro_batches_leave_the_step_as_it_is_in_float64(
         )
         learner.policy.model.double()
         if reference is None:
-            reference = learner.reference_logps(pairs)
+            reference = learner.reference_logps(pairs, 1)
         found.append(first_gradients(learner, pairs, tmp_path / str(size), reference))
     (whole, loss), *cut = found
     assert whole.dtype is torch.float64 and whole.norm() > 1e-2
@@ -313,8 +314,8 @@ def test_reference_logps_are_those_of_the_reference(small_model: Path, kind: str
     learner = moved(make_learner(config))
     learner.policy.model.train()
     before, pairs = trained(learner), make_pairs(7)
-    table = learner.reference_logps(pairs)
-    assert table.schema == REFERENCE
+    table = learner.reference_logps(pairs, 1)
+    assert table.schema == PAIR_REFERENCE
     assert same(trained(learner), before)
     with learner.policy.reference(kind):
         expected = sums(learner, pairs)
@@ -328,7 +329,7 @@ def test_reference_logps_are_joined_by_pair_not_by_row(small_model: Path, tmp_pa
     pairs, weights = make_pairs(8), []
     for shuffled in (False, True):
         learner = moved(make_learner(config_for(small_model)))
-        reference = learner.reference_logps(pairs)
+        reference = learner.reference_logps(pairs, 1)
         if shuffled:
             reference = reference.sample(fraction=1, shuffle=True, seed=1)
         state = tmp_path / str(shuffled)
@@ -358,7 +359,7 @@ def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
         small_model, learner={"epochs": 2, "batch_pairs": 3, "micro_batch_pairs": 3}
     )
     learner, pairs = make_learner(config), make_pairs(8)
-    reference = learner.reference_logps(pairs)
+    reference = learner.reference_logps(pairs, 1)
     seen: list[list[tuple[int, ...]]] = []
 
     def note(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
@@ -368,7 +369,7 @@ def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
 
     learner.policy.model.register_forward_pre_hook(note, with_kwargs=True)
     result, log = train(learner, pairs, tmp_path, reference=reference)
-    assert result.planned_steps == learner.plan(8) == 6 and log.steps == [1, 2, 3, 4, 5, 6]
+    assert result.planned_steps == learner.plan(pairs) == 6 and log.steps == [1, 2, 3, 4, 5, 6]
     assert [len(rows) for rows in seen] == [3, 3, 2, 3, 3, 2]
     epochs = [list(chain(*seen[:3])), list(chain(*seen[3:]))]
     expected = sorted(
@@ -431,7 +432,7 @@ def train_breaking(
     learner: Learner, pairs: pl.DataFrame, state: Path, steps: set[int], what: str
 ) -> tuple[Trained | NonFiniteError, Log]:
     log = Log(learner)
-    reference = learner.reference_logps(pairs)
+    reference = learner.reference_logps(pairs, 1)
     breaks_at(learner, lambda: len(log.steps), steps, what)
     try:
         return learner.train(pairs, reference, 1, state, log, never), log
@@ -480,7 +481,7 @@ def test_an_fp16_overflow_skips_its_step_and_halves_the_scale(
         if len(log.steps) > 1:
             found.append(scales(tmp_path))
 
-    reference = learner.reference_logps(make_pairs(6))
+    reference = learner.reference_logps(make_pairs(6), 1)
     breaks_at(learner, lambda: len(log.steps), {1, 3, 5}, what)
     result = learner.train(make_pairs(6), reference, 1, tmp_path, log, check)
     # Three misses, none two in a row.
@@ -514,8 +515,10 @@ def test_a_first_loss_that_is_not_ln_2_stops_before_any_update(
 ) -> None:
     learner, pairs = make_learner(config_for(small_model)), make_pairs(8)
     before = trained(learner)
-    wrong = learner.reference_logps(pairs).with_columns(pl.col("reference_chosen") + 0.5)
-    with pytest.raises(NonFiniteError, match=r"round 1: the first step's DPO loss is 0\.7.*ln 2"):
+    wrong = learner.reference_logps(pairs, 1).with_columns(pl.col("reference_chosen") + 0.5)
+    with pytest.raises(
+        NonFiniteError, match=r"round 1: the first step's dpo loss is 0\.7.*0\.6931"
+    ):
         train(learner, pairs, tmp_path, reference=wrong)
     assert same(trained(learner), before)
 
@@ -559,7 +562,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     learner, pairs = make_learner(resumable(small_model)), make_pairs(6)
-    reference = learner.reference_logps(pairs)
+    reference = learner.reference_logps(pairs, 1)
     result, log = train(
         learner, pairs, tmp_path_factory.mktemp("whole"), round_index=3, reference=reference
     )
@@ -729,5 +732,5 @@ def test_rates_reach_the_optimizer(small_model: Path, tmp_path: Path) -> None:
 def test_planned_steps(small_model: Path, pairs: int, batch: int, epochs: int, steps: int) -> None:
     config = config_for(small_model, learner={"batch_pairs": batch, "epochs": epochs})
     learner = Learner.__new__(Learner)
-    learner.settings = config.learner
-    assert learner.plan(pairs) == steps
+    learner.config, learner.settings = config, config.learner
+    assert learner.plan(make_pairs(pairs)) == steps

@@ -12,7 +12,7 @@ from rlhf.report import charts, data
 from rlhf.report.data import Comparison, Dimension, Pairs, Point
 from rlhf.report.tables import (
     comparison_row,
-    curve_row,
+    curve_rows,
     duration,
     gap_row,
     gate_row,
@@ -31,6 +31,7 @@ STAGES = {
     "completions": "sample answers",
     "scores": "score answers",
     "pairs": "select pairs",
+    "labels": "label answers",
     "reference_logps": "reference log-probs",
     "training": "train",
     "evaluation/completions": "gate split: sample",
@@ -164,11 +165,14 @@ def training(
     plots, tables = [], []
     if rows:
         ratios = {"logratio_chosen": charts.UP, "logratio_rejected": charts.DOWN}
+        of_labels = {"logratio_good": charts.UP, "logratio_bad": charts.DOWN}
         panels = [
-            ("Loss", {"loss": charts.INK}, "mean over pairs"),
-            ("Accuracy", {"accuracy": charts.INK}, "share of pairs that prefer chosen"),
-            ("Margin", {"margin": charts.INK}, "beta × (chosen - rejected log-ratio)"),
+            ("Loss", {"loss": charts.INK}, "mean over the examples of a step"),
+            ("Accuracy", {"accuracy": charts.INK}, "share of examples that it gets right"),
+            ("Margin", {"margin": charts.INK}, "beta × what tells chosen from rejected"),
             ("Log-ratios", ratios, "nats a sequence; solid chosen, dashed rejected"),
+            ("Log-ratios", of_labels, "nats a sequence; solid good, dashed bad answers"),
+            ("NLL", {"nll": charts.INK}, "of the SFT term, nats"),
             ("Gradient norm", {"grad_norm": charts.INK}, "L2, before clipping"),
         ]
         plots = [
@@ -177,7 +181,7 @@ def training(
             if any(row[name] is not None for row in rows for name in series)
         ]
         of = "each step" if size == 1 else f"means of {size} steps"
-        tables.append(table(f"Training curves, {of}", [curve_row(row) for row in rows]))
+        tables.append(table(f"Training curves, {of}", curve_rows(rows)))
     if kl:
         label = "KL to the start by round"
         note = "nats a sequence, by round" + ("" if max_kl is None else "; dashed: the limit")
