@@ -59,6 +59,11 @@ class Learner(Section):
     alpha / rank, so it needs, and stands, some twenty times the rate that moves trained weights."""
     epochs: Annotated[int, Field(ge=1)] = 1
     """Passes over a round's pairs; fresh pairs come next round, so one is enough."""
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the clusters that are held out of training; their loss is measured after every
+    epoch, and the weights of the best epoch are kept. For several epochs on fixed data; 0: none."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Epochs without a lower validation loss after which training stops. Default: it doesn't."""
     batch_pairs: Annotated[int, Field(ge=1)] = 16
     """Pairs (for `kto`: labelled answers) per optimizer step, over all ranks."""
     micro_batch_pairs: Annotated[int, Field(ge=1)] = 4
@@ -68,13 +73,25 @@ class Learner(Section):
     """Decay of the learning rate within a round."""
     warmup_share: Share = 0.1
     """Share of a round's steps with rising learning rate: Adam's first estimates are poor."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`adamw_8bit` (bitsandbytes) keeps Adam's moments in 8 bits, a quarter of the memory: worth it
+    for full tuning. `paged_adamw_8bit` also moves them to the host where a GPU runs short."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this L2 norm."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """The leash to the reference already regularises."""
+    """The leash to the reference already regularises. Norms and biases never decay."""
     gradient_checkpointing: bool = False
     """Trade a third more compute for activations; needed for 7B on 16 GB."""
     checkpoint_steps: Annotated[int, Field(ge=1)] = 10
-    """Optimizer steps between mid-round checkpoints."""
+    """Optimizer steps between mid-round checkpoints; the last two are kept."""
     max_skipped_steps: Annotated[int, Field(ge=1)] = 5
     """fp16: overflows in a row before the run stops."""
+
+    @model_validator(mode="after")
+    def _patience_measures(self) -> Learner:
+        if self.patience is not None and not self.validation_share:
+            raise ValueError(
+                "patience needs learner.validation_share: without held-out pairs no loss is "
+                "measured after an epoch"
+            )
+        return self

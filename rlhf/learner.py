@@ -20,18 +20,29 @@ import polars as pl
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf.checkpoint import Checkpoints, Progress, load_trained, save_trained
 from rlhf.config import RunConfig
-from rlhf.errors import InputError, NonFiniteError
-from rlhf.examples import Example, Order, Step, at_reference, data_of, logps_of, sequences
-from rlhf.files import atomic_folder, read_json, sha256_file, write_json
+from rlhf.errors import NonFiniteError
+from rlhf.examples import (
+    Example,
+    Order,
+    Step,
+    at_reference,
+    data_of,
+    logps_of,
+    sequences,
+    split_by_cluster,
+)
+from rlhf.files import atomic_file
 from rlhf.logprobs import Batch, TokenPair, collate, sequence_logps, split_rows, token_logps
 from rlhf.objectives import kl_baseline, metrics
+from rlhf.optimizer import check_optimizer, learning_rate, make_optimizer
 from rlhf.policy import Policy
 from rlhf.types import Completion
 
+BEST = "best.safetensors"
 OnStep = Callable[[int, dict[str, float]], None]
 
 
@@ -44,30 +55,10 @@ class Trained:
     skipped_steps: int
     first_loss: float | None
     """Loss of the round's first step; None for a round without steps."""
-
-
-@dataclass(slots=True)
-class _Progress:
-    round_index: int
-    step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    first_loss: float | None = None
-
-
-def learning_rate(step: int, planned: int, peak: float, schedule: str, warmup: float) -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up, then the schedule down to zero.
-
-    >>> [round(learning_rate(s, 4, 1.0, "linear", 0.25), 3) for s in range(4)]
-    [1.0, 1.0, 0.667, 0.333]
-    """
-    rising = math.ceil(warmup * planned)
-    if step < rising:
-        return peak * (step + 1) / rising
-    done = (step - rising) / max(1, planned - rising)
-    if schedule == "constant":
-        return peak
-    return peak * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+    best_step: int | None = None
+    """The step whose weights were kept, for their validation loss; None without validation."""
+    best_loss: float | None = None
+    """That validation loss."""
 
 
 class Learner:
@@ -77,6 +68,7 @@ class Learner:
         self.policy = policy
         self.config = config
         self.settings = config.learner
+        check_optimizer(config.learner, policy.device)
         # Precision and micro-batches are the config's; else `accelerate launch` sets them unasked.
         self.accelerator = Accelerator(
             cpu=policy.device == "cpu",
@@ -105,12 +97,15 @@ class Learner:
 
         Computed once a round before training, so that no second model is resident during it.
         """
-        data, order = data_of(table, self.config.objective), self._order(round_index)
-        wanted = data.unscored(order)
-        sums = np.empty(len(wanted))
-        for rows, batch, tokens_N in self._score(wanted, self.config.rounds.reference):
-            sums[rows] = sequence_logps(tokens_N, batch).double().cpu().numpy()
-        return data.scored(order, sums.tolist())
+        tables = []
+        for part, order in self._parts(table, round_index):
+            data = data_of(part, self.config.objective)
+            wanted = data.unscored(order)
+            sums = np.empty(len(wanted))
+            for rows, batch, tokens_N in self._score(wanted, self.config.rounds.reference):
+                sums[rows] = sequence_logps(tokens_N, batch).double().cpu().numpy()
+            tables.append(data.scored(order, sums.tolist()))
+        return pl.concat(tables)
 
     def _score(
         self, sequences: Sequence[TokenPair], kind: str
@@ -135,9 +130,18 @@ class Learner:
             torch.cuda.empty_cache()
 
     def plan(self, table: pl.DataFrame) -> int:
-        """Optimizer steps of a round on `table`."""
-        least = data_of(table, self.config.objective).least
-        return len(self._order(0).steps(table.height, least))
+        """Optimizer steps of a round on `table`, unless it stops early."""
+        training, order = self._parts(table, 0)[0]
+        return len(order.steps(training.height, data_of(training, self.config.objective).least))
+
+    def _parts(self, table: pl.DataFrame, round_index: int) -> list[tuple[pl.DataFrame, Order]]:
+        """What is trained on, then what is held out of it, if anything; each with its order."""
+        learner, seed = self.settings, self.config.run.seed
+        order = Order(seed, round_index, learner.epochs, learner.batch_pairs)
+        if not learner.validation_share:
+            return [(table, order)]
+        training, held = split_by_cluster(table, learner.validation_share, seed)
+        return [(training, order), (held, Order(seed, round_index, 1, held.height))]
 
     def train(
         self,
@@ -156,19 +160,26 @@ class Learner:
         Raises NonFiniteError before any non-finite update (after a few in a row under fp16).
         """
         assert (reference is not None) == self.config.objective.needs.reference
-        order = self._order(round_index)
-        steps = data_of(table, self.config.objective).steps(order, reference)
-        optimizer = self._optimizer()
+        parts = [
+            data_of(part, self.config.objective).steps(order, reference)
+            for part, order in self._parts(table, round_index)
+        ]
+        steps, held = parts[0], parts[1][0] if len(parts) > 1 else None
+        optimizer = make_optimizer(
+            self.policy.trainable(), self.settings, self.config.learning_rate
+        )
         model, optimizer = self.accelerator.prepare(self.policy.model, optimizer)
         model.train()
         scaler = torch.amp.GradScaler(
             self.policy.device, enabled=self.config.model.precision == "fp16"
         )
-        progress = self._resume(state, optimizer, scaler, round_index)
+        checkpoints = Checkpoints(state / "checkpoints", self.policy, optimizer, scaler)
+        progress = checkpoints.resume(round_index)
         # A round's start is fixed by its number, not by what this process drew before.
         if progress.step == 0:
             torch.manual_seed(_seed(self.config.run.seed, round_index))
-        while progress.step < len(steps):
+        patience = self.settings.patience or self.settings.epochs
+        while progress.step < len(steps) and progress.stale_epochs < patience:
             started = time.perf_counter()
             rate = learning_rate(
                 progress.step,
@@ -184,17 +195,50 @@ class Learner:
             seconds = time.perf_counter() - started
             found |= {"learning_rate": rate, "tokens_per_second": step.tokens / seconds}
             progress.step += 1
+            if held is not None and progress.step % (len(steps) // self.settings.epochs) == 0:
+                found |= self._validate(model, held, progress, state / BEST)
             on_step(progress.step, found)
-            self._save_or_stop(state, optimizer, scaler, progress, len(steps), check)
+            self._save_or_stop(checkpoints, progress, len(steps), check)
+        if progress.best_step not in (None, progress.step):
+            load_trained(self.policy, state / BEST)
         self.accelerator.free_memory()
         return Trained(
-            len(steps), len(steps) - progress.skipped, progress.skipped, progress.first_loss
+            len(steps),
+            progress.step - progress.skipped,
+            progress.skipped,
+            progress.first_loss,
+            progress.best_step,
+            progress.best_loss,
         )
 
-    def _order(self, round_index: int) -> Order:
-        return Order(
-            self.config.run.seed, round_index, self.settings.epochs, self.settings.batch_pairs
-        )
+    def _validate(
+        self, model: torch.nn.Module, held: Step, progress: Progress, best: Path
+    ) -> dict[str, float]:
+        """Measure the held-out examples after an epoch; keep the weights if they are the best."""
+        found = self.measure(model, held)
+        # A loss that is no number is never the best.
+        if progress.best_loss is None or found["loss"] < progress.best_loss:
+            progress.best_loss, progress.best_step = found["loss"], progress.step
+            progress.stale_epochs = 0
+            with atomic_file(best) as file:
+                save_trained(self.policy, file)
+        else:
+            progress.stale_epochs += 1
+        return {f"validation_{name}": value for name, value in found.items()}
+
+    def measure(self, model: torch.nn.Module, step: Step) -> dict[str, float]:
+        """Loss and metrics of a step's examples, without gradient or dropout."""
+        objective, loss = self.config.objective, step.loss(self.config.objective)
+        baseline, tally, total = self._baseline(model, step), _Tally(), 0.0
+        model.eval()
+        with torch.no_grad():
+            for micro in self._micro_batches(step):
+                sums_S = self.sequence_logps(model, sequences(micro))
+                logps = logps_of(micro, sums_S, baseline, objective.needs.reference)
+                total += float(loss.total(logps))
+                tally.add(metrics(logps, objective))
+        model.train()
+        return {"loss": total, **tally.means()}
 
     def _step(
         self,
@@ -202,7 +246,7 @@ class Learner:
         optimizer: Any,
         scaler: torch.amp.GradScaler,
         step: Step,
-        progress: _Progress,
+        progress: Progress,
     ) -> dict[str, float]:
         objective, loss = self.config.objective, step.loss(self.config.objective)
         baseline = self._baseline(model, step)
@@ -275,7 +319,7 @@ class Learner:
         self,
         scaler: torch.amp.GradScaler,
         optimizer: Any,
-        progress: _Progress,
+        progress: Progress,
         metrics: dict[str, float],
     ) -> None:
         what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
@@ -294,13 +338,6 @@ class Learner:
                 f"{where}: {progress.skipped_in_a_row} fp16 overflows in a row ({what}, loss scale "
                 f"now {scaler.get_scale():g}); use model.precision bf16 or fp32"
             )
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            [p for _, p in self.policy.trainable()],
-            lr=self.config.learning_rate,
-            weight_decay=self.settings.weight_decay,
-        )
 
     def _check_first_loss(self, round_index: int, step: Step, loss: float) -> None:
         objective = self.config.objective
@@ -321,83 +358,18 @@ class Learner:
 
     def _save_or_stop(
         self,
-        state: Path,
-        optimizer: Any,
-        scaler: torch.amp.GradScaler,
-        progress: _Progress,
+        checkpoints: Checkpoints,
+        progress: Progress,
         planned: int,
         check: Callable[[], None],
     ) -> None:
         try:
             check()
         except BaseException:
-            self._save(state, optimizer, scaler, progress)
+            checkpoints.save(progress)
             raise
         if progress.step % self.settings.checkpoint_steps == 0 and progress.step < planned:
-            self._save(state, optimizer, scaler, progress)
-
-    def _save(
-        self, state: Path, optimizer: Any, scaler: torch.amp.GradScaler, progress: _Progress
-    ) -> None:
-        with atomic_folder(state / "checkpoint") as folder:
-            trained = {n: p.detach().cpu().contiguous() for n, p in self.policy.trainable()}
-            save_file(trained, folder / "trained.safetensors")
-            generators = {"cpu": torch.get_rng_state()}
-            if self.policy.device != "cpu":
-                generators["cuda"] = torch.cuda.get_rng_state()
-            torch.save(
-                {
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "rng": generators,
-                },
-                folder / "state.pt",
-            )
-            write_json(
-                folder / "checkpoint.json",
-                {
-                    "step": progress.step,
-                    "skipped": progress.skipped,
-                    "skipped_in_a_row": progress.skipped_in_a_row,
-                    "first_loss": progress.first_loss,
-                    "sha256": {
-                        name: sha256_file(folder / name)
-                        for name in ("trained.safetensors", "state.pt")
-                    },
-                },
-            )
-
-    def _resume(
-        self, state: Path, optimizer: Any, scaler: torch.amp.GradScaler, round_index: int
-    ) -> _Progress:
-        folder = state / "checkpoint"
-        if not folder.is_dir():
-            return _Progress(round_index)
-        redo = f"remove {folder} to train this round from its start"
-        meta = read_json(folder / "checkpoint.json", redo)
-        for name, expected in meta["sha256"].items():
-            found = sha256_file(folder / name) if (folder / name).is_file() else None
-            if found != expected:
-                raise InputError(
-                    f"{folder / name}: its SHA-256 is {found}, not {expected} as written; {redo}"
-                )
-        trained = load_file(folder / "trained.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.policy.trainable():
-                parameter.copy_(trained[name])
-        kept = torch.load(folder / "state.pt", weights_only=True, map_location=self.policy.device)
-        optimizer.load_state_dict(kept["optimizer"])
-        scaler.load_state_dict(kept["scaler"])
-        torch.set_rng_state(kept["rng"]["cpu"].cpu())
-        if "cuda" in kept["rng"]:
-            torch.cuda.set_rng_state(kept["rng"]["cuda"].cpu())
-        return _Progress(
-            round_index,
-            meta["step"],
-            meta["skipped"],
-            meta["skipped_in_a_row"],
-            meta["first_loss"],
-        )
+            checkpoints.save(progress)
 
 
 class _Tally:

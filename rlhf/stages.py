@@ -164,7 +164,8 @@ class Stages(StageBase):
             if not logged:
                 self.metrics.rewind(index, "train", after_step=step - 1)
                 logged = True
-            if step % self.config.tracking.log_steps == 0 or step == planned:
+            measured = "validation_loss" in values
+            if measured or step % self.config.tracking.log_steps == 0 or step == planned:
                 self.metrics.log(index, "train", step, values)
             advance(step)
 

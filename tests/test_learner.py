@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ from small_models import VOCABULARY, save_small_model
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import rlhf.checkpoint
 from rlhf.config import RunConfig
 from rlhf.errors import InputError, Interrupted, NonFiniteError
 from rlhf.examples import PAIR_REFERENCE
-from rlhf.learner import Learner, Trained, learning_rate
+from rlhf.learner import Learner, Trained
 from rlhf.logprobs import collate, sequence_logps, token_logps
+from rlhf.optimizer import learning_rate
 from rlhf.policy import Policy
 from rlhf.types import Completion, pairs_schema
 
@@ -454,11 +457,12 @@ def test_a_non_finite_loss_or_gradient_never_reaches_the_weights(
     assert str(error).startswith("step 3: loss ") and "not touched" in str(error)
     assert log.steps == [1, 2] and not same(log.weights[0], log.weights[1])
     assert same(trained(learner), log.weights[1])
-    assert not (tmp_path / "checkpoint").exists()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def scales(state: Path) -> float:
-    kept = torch.load(state / "checkpoint" / "state.pt", weights_only=True)
+    newest = max((state / "checkpoints").iterdir())
+    kept = torch.load(newest / "state.pt", weights_only=True)
     return float(kept["scaler"]["scale"])
 
 
@@ -649,7 +653,7 @@ def test_a_checkpoint_that_was_touched_is_refused(
         raise Interrupted("stopped")
 
     learner = make_learner(resumable(small_model))
-    folder = tmp_path / "checkpoint"
+    folder = tmp_path / "checkpoints" / "000001"
 
     def go(check: Callable[[], None]) -> None:
         train(learner, whole.pairs, tmp_path, check=check, reference=whole.reference)
@@ -661,12 +665,12 @@ def test_a_checkpoint_that_was_touched_is_refused(
     for name in ("trained.safetensors", "state.pt"):
         for damage in (flip, Path.unlink):
             damage(folder / name)
-            with pytest.raises(InputError, match=rf"{name}: its SHA-256 is .* remove .*checkpoint"):
+            with pytest.raises(InputError, match=rf"{name}: its SHA-256 is .* remove .*000001"):
                 go(never)
             (folder / name).write_bytes(files[folder / name])
     meta = folder / "checkpoint.json"
     meta.write_bytes(files[meta][:20])
-    with pytest.raises(InputError, match=r"checkpoint\.json must be JSON.*remove .*checkpoint"):
+    with pytest.raises(InputError, match=r"checkpoint\.json must be JSON.*remove .*000001"):
         go(never)
     assert same(trained(learner), before)
 
@@ -676,10 +680,65 @@ def test_a_checkpoint_names_its_step_and_hashes(
 ) -> None:
     config = resumable(small_model, checkpoint_steps=3)
     train(make_learner(config), whole.pairs, tmp_path, round_index=3, reference=whole.reference)
-    meta = json.loads((tmp_path / "checkpoint" / "checkpoint.json").read_text())
+    meta = json.loads((tmp_path / "checkpoints/000003/checkpoint.json").read_text())
     assert meta["step"] == 3 and meta["skipped"] == 0
     assert meta["first_loss"] == whole.result.first_loss
     assert meta["sha256"].keys() == {"trained.safetensors", "state.pt"}
+
+
+def kept_steps(state: Path) -> list[str]:
+    return sorted(path.name for path in (state / "checkpoints").iterdir())
+
+
+def test_the_last_two_checkpoints_are_kept_and_the_older_one_serves_alone(
+    small_model: Path, tmp_path: Path, whole: Whole
+) -> None:
+    config = resumable(small_model, checkpoint_steps=1)
+
+    def go() -> tuple[Trained, Log]:
+        return train(
+            make_learner(config),
+            whole.pairs,
+            tmp_path,
+            round_index=3,
+            reference=whole.reference,
+        )
+
+    go()
+    assert kept_steps(tmp_path) == ["000002", "000003"]
+    newest = tmp_path / "checkpoints/000003/state.pt"
+    flip(newest)
+    with pytest.raises(InputError, match=r"remove .*000003 to go on from step 2"):
+        go()
+    shutil.rmtree(newest.parent)
+    result, log = go()
+    assert log.steps == [3, 4] and result == whole.result
+    assert same(trained(log.learner), whole.log.weights[-1])
+
+
+def test_a_checkpoint_that_can_not_be_written_costs_none_of_the_others(
+    small_model: Path, tmp_path: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = rlhf.checkpoint.write_json, 0
+
+    def fail_at_third(path: Path, value: Any) -> None:
+        nonlocal written
+        written += 1
+        assert len(kept_steps(tmp_path)) == written, "pruned before the new one is whole"
+        if written == 3:
+            raise OSError("the disk is gone")
+        write(path, value)
+
+    monkeypatch.setattr(rlhf.checkpoint, "write_json", fail_at_third)
+    with pytest.raises(OSError, match="gone"):
+        train(
+            make_learner(resumable(small_model, checkpoint_steps=1)),
+            whole.pairs,
+            tmp_path,
+            round_index=3,
+            reference=whole.reference,
+        )
+    assert kept_steps(tmp_path) == ["000001", "000002"]
 
 
 def test_learning_rates_written_out() -> None:
