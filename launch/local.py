@@ -126,7 +126,7 @@ def _wired(
     for line in (_counted(pools), *_calls(config, pools)):
         watch.terminal.say(line)
     policy = Policy(config.model, path, plan.device, config.run.seed)
-    learner = Learner(policy, config)
+    learner = Learner(policy, config, watch.terminal.say)
     serving = Serving(
         lambda: _generator(config, plan, policy, pools),
         learner,

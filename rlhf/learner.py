@@ -26,9 +26,11 @@ from torch import Tensor
 from rlhf.config import RunConfig
 from rlhf.errors import InputError, NonFiniteError
 from rlhf.files import atomic_folder, read_json, sha256_file, write_json
-from rlhf.logprobs import Batch, TokenPair, collate, sequence_logps, split_rows, token_logps
+from rlhf.logprobs import Batch, sequence_logps, split_rows
 from rlhf.objectives import OBJECTIVES, PairLogps, pair_metrics
+from rlhf.packing import TokenPair
 from rlhf.policy import Policy
+from rlhf.scoring import Scorer
 from rlhf.types import Completion
 
 OnStep = Callable[[int, dict[str, float]], None]
@@ -55,8 +57,13 @@ class Example:
     reference_rejected: float
 
     @property
+    def sequences(self) -> tuple[TokenPair, TokenPair]:
+        """What is scored together."""
+        return (self.prompt, self.chosen), (self.prompt, self.rejected)
+
+    @property
     def tokens(self) -> int:
-        """Tokens that a forward pass over both sequences reads."""
+        """Tokens that a padded pass over both sequences reads."""
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
@@ -98,7 +105,12 @@ def learning_rate(step: int, planned: int, peak: float, schedule: str, warmup: f
 class Learner:
     """Trains one policy; also scores sequences under it, since it holds the weights."""
 
-    def __init__(self, policy: Policy, config: RunConfig) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: RunConfig,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.policy = policy
         self.config = config
         self.settings = config.learner
@@ -113,6 +125,9 @@ class Learner:
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
             policy.model.enable_input_require_grads()  # type: ignore[operator]
+        self.scorer = Scorer(
+            policy, self.settings.micro_batch_tokens, self.settings.on_inexact, say
+        )
 
     def logps(self, completions: Sequence[Completion], initial: bool = False) -> list[list[float]]:
         """Token log-probs of completions under the policy, or under the run's initial policy."""
@@ -129,12 +144,14 @@ class Learner:
 
         Computed once a round before training, so that no second model is resident during it.
         """
-        sequences = []
-        for row in _examples(pairs):
-            sequences += [(row.prompt, row.chosen), (row.prompt, row.rejected)]
-        sums = np.empty(len(sequences))
-        for rows, batch, tokens_N in self._score(sequences, self.config.rounds.reference):
-            sums[rows] = sequence_logps(tokens_N, batch).double().cpu().numpy()
+        # An answer may be in several pairs.
+        numbers: dict[TokenPair, int] = {}
+        given = [s for example in _examples(pairs) for s in example.sequences]
+        chosen = [numbers.setdefault(s, len(numbers)) for s in given]
+        found = np.empty(len(numbers))
+        for rows, batch, tokens_N in self._score(list(numbers), self.config.rounds.reference):
+            found[rows] = sequence_logps(tokens_N, batch).double().cpu().numpy()
+        sums = found[chosen]
         return pairs.select("prompt_id", "chosen_sample", "rejected_sample").with_columns(
             reference_chosen=pl.Series(sums[0::2]), reference_rejected=pl.Series(sums[1::2])
         )
@@ -142,16 +159,14 @@ class Learner:
     def _score(
         self, sequences: Sequence[TokenPair], kind: str
     ) -> Iterator[tuple[list[int], Batch, Tensor]]:
-        size = 2 * self.settings.micro_batch_pairs
-        order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i][0]), i))
-        with self.policy.reference(kind) as model, torch.no_grad(), self.policy.autocast():
+        examples = [[sequence] for sequence in sequences]
+        self.scorer.prove(examples)
+        with self.policy.reference(kind) as model, torch.no_grad():
             model.eval()
-            for start in range(0, len(order), size):
-                rows = order[start : start + size]
-                batch = collate(
-                    [sequences[i] for i in rows], self.policy.pad_id, self.policy.device
-                )
-                yield rows, batch, token_logps(model, batch)
+            for micro in self.scorer.plan(examples):
+                rows = list(micro.examples)
+                tokens_N, batch = self.scorer.tokens(model, [sequences[i] for i in rows])
+                yield rows, batch, tokens_N
 
     def release(self) -> None:
         """Give back what only training needed: gradients, and device memory that torch caches."""
@@ -182,6 +197,7 @@ class Learner:
         """
         examples = _examples(pairs, reference)
         steps = self._steps(examples, round_index)
+        self.scorer.prove([e.sequences for e in examples])
         optimizer = self._optimizer()
         model, optimizer = self.accelerator.prepare(self.policy.model, optimizer)
         model.train()
@@ -226,10 +242,9 @@ class Learner:
     ) -> dict[str, float]:
         totals: dict[str, float] = {}
         denominator = {"pairs": len(batch)}[OBJECTIVES[self.config.objective.name].denominator]
-        size = self.settings.micro_batch_pairs
         optimizer.zero_grad(set_to_none=True)
-        for start in range(0, len(batch), size):
-            micro = batch[start : start + size]
+        for planned in self.scorer.plan([e.sequences for e in batch]):
+            micro = [batch[i] for i in planned.examples]
             losses_B, metrics = self._forward(model, micro)
             # Divided by what the whole step holds, not the micro-batch.
             self.accelerator.backward(scaler.scale(losses_B.sum() / denominator))
@@ -260,9 +275,7 @@ class Learner:
 
         In the order given, differentiable; one forward pass of `model`, which may be wrapped.
         """
-        batch = collate(sequences, self.policy.pad_id, self.policy.device)
-        with self.policy.autocast():
-            return sequence_logps(token_logps(model, batch, self.policy.model), batch)
+        return self.scorer.sums(model, sequences, self.policy.model)
 
     def _forward(
         self, model: torch.nn.Module, micro: Sequence[Example]
@@ -310,9 +323,7 @@ class Learner:
             rng = np.random.default_rng((self.config.run.seed, round_index, epoch))
             order = [examples[i] for i in rng.permutation(len(examples))]
             for start in range(0, len(order), self.settings.batch_pairs):
-                # Similar lengths side by side, so that micro-batches carry little padding.
-                step = order[start : start + self.settings.batch_pairs]
-                steps.append(sorted(step, key=lambda e: (e.tokens, e.prompt)))
+                steps.append(order[start : start + self.settings.batch_pairs])
         return steps
 
     def _optimizer(self) -> torch.optim.Optimizer:
