@@ -242,7 +242,12 @@ class RunConfig(Section):
     @property
     def learning_rate(self) -> float:
         """5e-6 for full tuning, 1e-4 for adapters, unless given."""
-        return self.learner.learning_rate or (5e-6 if self.model.tuning == "full" else 1e-4)
+        return self.learner.rate(self.model.tuning)
+
+    @property
+    def reference(self) -> Literal["initial", "round_start"]:
+        """What the objective holds the policy to."""
+        return self.rounds.reference
 
     def _standard(self, values: dict[str, float]) -> dict[str, float]:
         return {d: v for d, v in values.items() if d in self.judges.dimensions}

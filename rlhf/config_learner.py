@@ -38,7 +38,9 @@ class Model(Section):
     """Compute precision. fp16 (with loss scaling) for GPUs older than Ampere, such as a T4."""
     lora: Lora = Lora()
     attention: str = "sdpa"
-    """Attention implementation for the learner, as Transformers names it."""
+    """Attention implementation for the learner, as Transformers names it: `sdpa`, `eager`, or on a
+    GPU `flex_attention`; with others prompts are not shared. Models that cap attention logits
+    (Gemma-2) get eager instead of sdpa, which would leave that out."""
     trust_remote_code: bool = False
     """Off: a model must not run code of its own; needs `revision` if switched on."""
 
@@ -66,9 +68,13 @@ class Learner(Section):
     """Epochs without a lower validation loss after which training stops. Default: it doesn't."""
     batch_pairs: Annotated[int, Field(ge=1)] = 16
     """Pairs (for `kto`: labelled answers) per optimizer step, over all ranks."""
-    micro_batch_pairs: Annotated[int, Field(ge=1)] = 4
-    """Pairs (for `kto`: twice as many answers) per forward pass; changes memory and speed, never
-    the step."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Tokens per forward pass, padding included, a prompt counted once for all its completions;
+    changes memory and speed, never the step. A longer pair is a pass by itself."""
+    on_inexact: Literal["stop", "plain"] = "stop"
+    """What to do where packed rows and the chunked head don't give the log-probs that padded rows
+    and whole logits give: `stop` with the numbers, or go the `plain` way, which takes more of both
+    time and memory."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Decay of the learning rate within a round."""
     warmup_share: Share = 0.1
@@ -95,3 +101,7 @@ class Learner(Section):
                 "measured after an epoch"
             )
         return self
+
+    def rate(self, tuning: str) -> float:
+        """`learning_rate`, or its default for this tuning."""
+        return self.learning_rate or (5e-6 if tuning == "full" else 1e-4)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from rlhf.config_objective import OBJECTIVES, Objective
 from rlhf.errors import InputError
-from rlhf.logprobs import TokenPair
 from rlhf.objectives import LabelLogps, Logps, PairLogps, StepLoss
+from rlhf.packing import TokenPair
 
 PAIR_REFERENCE = pl.Schema(
     {
@@ -55,8 +55,13 @@ class Pair:
     reference_rejected: float = 0.0
 
     @property
+    def sequences(self) -> tuple[TokenPair, ...]:
+        """What is scored together: chosen, then rejected."""
+        return (self.prompt, self.chosen), (self.prompt, self.rejected)
+
+    @property
     def tokens(self) -> int:
-        """Tokens that a forward pass over both sequences reads."""
+        """Tokens that a padded pass over both sequences reads."""
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
     @property
@@ -80,8 +85,13 @@ class Label:
     reference: float = 0.0
 
     @property
+    def sequences(self) -> tuple[TokenPair, ...]:
+        """What is scored."""
+        return ((self.prompt, self.completion),)
+
+    @property
     def tokens(self) -> int:
-        """Tokens that a forward pass reads."""
+        """Tokens that a padded pass reads."""
         return len(self.prompt) + len(self.completion)
 
     @property
@@ -109,7 +119,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Tokens that forward passes with a gradient read."""
+        """Tokens that padded passes with a gradient read."""
         return sum(e.tokens for e in self.examples)
 
     def loss(self, objective: Objective) -> StepLoss:
@@ -167,8 +177,7 @@ class PairData:
 
     def unscored(self, order: Order) -> list[TokenPair]:
         """The sequences whose log-probs under the reference are needed: chosen, rejected, ..."""
-        sides = [((e.prompt, e.chosen), (e.prompt, e.rejected)) for e in self.examples]
-        return [sequence for both in sides for sequence in both]
+        return [sequence for e in self.examples for sequence in e.sequences]
 
     def scored(self, order: Order, sums: Sequence[float]) -> pl.DataFrame:
         """Their sums with their keys, schema `PAIR_REFERENCE`."""
@@ -190,7 +199,7 @@ class PairData:
                 for e, (chosen, rejected) in zip(examples, found.iter_rows(), strict=True)
             ]
         planned = order.steps(len(examples), self.least)
-        return [Step(_by_length([examples[row] for row in rows])) for rows in planned]
+        return [Step(tuple(examples[row] for row in rows)) for rows in planned]
 
 
 class LabelData:
@@ -219,7 +228,7 @@ class LabelData:
         taken."""
         planned = order.steps(len(self.examples), self.least)
         if reference is None:
-            return [Step(_by_length([self.examples[row] for row in rows])) for rows in planned]
+            return [Step(tuple(self.examples[row] for row in rows)) for rows in planned]
         known = {tuple(key): value for *key, value in reference.iter_rows()}
         examples = [
             replace(e, reference=known[self._key(i, i)]) for i, e in enumerate(self.examples)
@@ -229,7 +238,7 @@ class LabelData:
             put = list(zip(rows, others, strict=True))
             steps.append(
                 Step(
-                    _by_length([examples[row] for row in rows]),
+                    tuple(examples[row] for row in rows),
                     tuple((examples[i].prompt, examples[j].completion) for i, j in put),
                     tuple(known[self._key(i, j)] for i, j in put),
                 )
@@ -332,12 +341,8 @@ def weights_advice(objective: Objective, good: int, bad: int) -> str | None:
 
 def sequences(examples: Sequence[Example]) -> list[TokenPair]:
     """What a forward pass over `examples` reads: all chosen answers, then all rejected ones."""
-    chosen, rejected = [], []
-    for e in examples:
-        chosen.append((e.prompt, e.chosen if isinstance(e, Pair) else e.completion))
-        if isinstance(e, Pair):
-            rejected.append((e.prompt, e.rejected))
-    return [*chosen, *rejected]
+    sides = zip(*(e.sequences for e in examples), strict=True)
+    return [sequence for side in sides for sequence in side]
 
 
 def logps_of(
@@ -368,8 +373,3 @@ def _numbers(e: Example) -> tuple[float, ...]:
     if isinstance(e, Label):
         return (e.reference, len(e.completion), e.good)
     return (e.reference_chosen, e.reference_rejected, len(e.chosen), len(e.rejected))
-
-
-def _by_length(examples: list[Example]) -> tuple[Example, ...]:
-    # Similar lengths side by side, so that micro-batches carry little padding.
-    return tuple(sorted(examples, key=lambda e: (e.tokens, e.prompt)))

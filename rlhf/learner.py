@@ -23,7 +23,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
 from rlhf.checkpoint import Checkpoints, Progress, load_trained, save_trained
-from rlhf.config import RunConfig
+from rlhf.config_offline import Trains
 from rlhf.errors import NonFiniteError
 from rlhf.examples import (
     Example,
@@ -36,10 +36,12 @@ from rlhf.examples import (
     split_by_cluster,
 )
 from rlhf.files import atomic_file
-from rlhf.logprobs import Batch, TokenPair, collate, sequence_logps, split_rows, token_logps
+from rlhf.logprobs import Batch, sequence_logps, split_rows
 from rlhf.objectives import kl_baseline, metrics
 from rlhf.optimizer import check_optimizer, learning_rate, make_optimizer
+from rlhf.packing import TokenPair
 from rlhf.policy import Policy
+from rlhf.scoring import Scorer
 from rlhf.types import Completion
 
 BEST = "best.safetensors"
@@ -64,7 +66,12 @@ class Trained:
 class Learner:
     """Trains one policy; also scores sequences under it, since it holds the weights."""
 
-    def __init__(self, policy: Policy, config: RunConfig) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: Trains,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.policy = policy
         self.config = config
         self.settings = config.learner
@@ -80,6 +87,9 @@ class Learner:
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
             policy.model.enable_input_require_grads()  # type: ignore[operator]
+        self.scorer = Scorer(
+            policy, self.settings.micro_batch_tokens, self.settings.on_inexact, say
+        )
 
     def logps(self, completions: Sequence[Completion], initial: bool = False) -> list[list[float]]:
         """Token log-probs of completions under the policy, or under the run's initial policy."""
@@ -101,25 +111,26 @@ class Learner:
         for part, order in self._parts(table, round_index):
             data = data_of(part, self.config.objective)
             wanted = data.unscored(order)
-            sums = np.empty(len(wanted))
-            for rows, batch, tokens_N in self._score(wanted, self.config.rounds.reference):
-                sums[rows] = sequence_logps(tokens_N, batch).double().cpu().numpy()
-            tables.append(data.scored(order, sums.tolist()))
+            # An answer may be in several pairs.
+            numbers: dict[TokenPair, int] = {}
+            chosen = [numbers.setdefault(s, len(numbers)) for s in wanted]
+            found = np.empty(len(numbers))
+            for rows, batch, tokens_N in self._score(list(numbers), self.config.reference):
+                found[rows] = sequence_logps(tokens_N, batch).double().cpu().numpy()
+            tables.append(data.scored(order, found[chosen].tolist()))
         return pl.concat(tables)
 
     def _score(
         self, sequences: Sequence[TokenPair], kind: str
     ) -> Iterator[tuple[list[int], Batch, Tensor]]:
-        size = 2 * self.settings.micro_batch_pairs
-        order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i][0]), i))
-        with self.policy.reference(kind) as model, torch.no_grad(), self.policy.autocast():
+        examples = [[sequence] for sequence in sequences]
+        self.scorer.prove(examples)
+        with self.policy.reference(kind) as model, torch.no_grad():
             model.eval()
-            for start in range(0, len(order), size):
-                rows = order[start : start + size]
-                batch = collate(
-                    [sequences[i] for i in rows], self.policy.pad_id, self.policy.device
-                )
-                yield rows, batch, token_logps(model, batch)
+            for micro in self.scorer.plan(examples):
+                rows = list(micro.examples)
+                tokens_N, batch = self.scorer.tokens(model, [sequences[i] for i in rows])
+                yield rows, batch, tokens_N
 
     def release(self) -> None:
         """Give back what only training needed: gradients, and device memory that torch caches."""
@@ -133,6 +144,16 @@ class Learner:
         """Optimizer steps of a round on `table`, unless it stops early."""
         training, order = self._parts(table, 0)[0]
         return len(order.steps(training.height, data_of(training, self.config.objective).least))
+
+    def steps(
+        self, table: pl.DataFrame, reference: pl.DataFrame | None, round_index: int
+    ) -> tuple[list[Step], Step | None]:
+        """A round's optimizer steps, and all that is held out as one step, if anything is."""
+        training, *held = [
+            data_of(part, self.config.objective).steps(order, reference)
+            for part, order in self._parts(table, round_index)
+        ]
+        return training, held[0][0] if held else None
 
     def _parts(self, table: pl.DataFrame, round_index: int) -> list[tuple[pl.DataFrame, Order]]:
         """What is trained on, then what is held out of it, if anything; each with its order."""
@@ -160,11 +181,8 @@ class Learner:
         Raises NonFiniteError before any non-finite update (after a few in a row under fp16).
         """
         assert (reference is not None) == self.config.objective.needs.reference
-        parts = [
-            data_of(part, self.config.objective).steps(order, reference)
-            for part, order in self._parts(table, round_index)
-        ]
-        steps, held = parts[0], parts[1][0] if len(parts) > 1 else None
+        steps, held = self.steps(table, reference, round_index)
+        self.scorer.prove([e.sequences for step in steps for e in step.examples])
         optimizer = make_optimizer(
             self.policy.trainable(), self.settings, self.config.learning_rate
         )
@@ -284,36 +302,31 @@ class Learner:
             self._skip(scaler, optimizer, progress, found)
         return found
 
-    def _micro_batches(self, step: Step) -> list[Sequence[Example]]:
-        """The step's examples, as many sequences at a time as `micro_batch_pairs` pairs have."""
-        size = self.settings.micro_batch_pairs
-        if self.config.objective.needs.data == "labels":
-            size *= 2
-        return [step.examples[s : s + size] for s in range(0, len(step.examples), size)]
+    def _micro_batches(self, step: Step) -> Iterator[list[Example]]:
+        for planned in self.scorer.plan([e.sequences for e in step.examples]):
+            yield [step.examples[i] for i in planned.examples]
 
     def _baseline(self, model: torch.nn.Module, step: Step) -> Tensor:
         """KTO's z0 of the whole step: no gradient, no dropout; 0 where nothing is mismatched."""
         if not step.mismatched:
             return torch.zeros((), device=self.policy.device)
-        size = 2 * self.settings.micro_batch_pairs
+        given, policy, reference = step.mismatched, [], []
         model.eval()
         with torch.no_grad():
-            parts = [
-                self.sequence_logps(model, step.mismatched[start : start + size])
-                for start in range(0, len(step.mismatched), size)
-            ]
+            for planned in self.scorer.plan([[sequence] for sequence in given]):
+                rows = planned.examples
+                policy.append(self.sequence_logps(model, [given[i] for i in rows]))
+                reference += [step.reference_mismatched[i] for i in rows]
         model.train()
-        policy_B = torch.cat(parts)
-        return kl_baseline(policy_B, policy_B.new_tensor(step.reference_mismatched))
+        policy_B = torch.cat(policy)
+        return kl_baseline(policy_B, policy_B.new_tensor(reference))
 
     def sequence_logps(self, model: torch.nn.Module, sequences: Sequence[TokenPair]) -> Tensor:
         """Sum of the completion's log-probs of each (prompt ids, completion ids), shape [S].
 
         In the order given, differentiable; one forward pass of `model`, which may be wrapped.
         """
-        batch = collate(sequences, self.policy.pad_id, self.policy.device)
-        with self.policy.autocast():
-            return sequence_logps(token_logps(model, batch, self.policy.model), batch)
+        return self.scorer.sums(model, sequences, self.policy.model)
 
     def _skip(
         self,
@@ -341,7 +354,7 @@ class Learner:
 
     def _check_first_loss(self, round_index: int, step: Step, loss: float) -> None:
         objective = self.config.objective
-        at_start = self.config.rounds.reference == "round_start" or round_index == 1
+        at_start = self.config.reference == "round_start" or round_index == 1
         if not at_start or not objective.needs.reference or not math.isfinite(loss):
             return
         if _drops_out(self.policy.model):

@@ -227,10 +227,10 @@ Sum = tuple[Tensor, float]
 def metrics(logps: Logps, objective: Objective) -> dict[str, Sum]:
     """What is worth watching, as sums and counts: add both up over a step, then divide.
 
-    Pairs: `accuracy` (share that the policy, relative to the reference where there is one, prefers
-    as labelled), `margin` (beta times what the loss is a function of), `logratio_chosen` and
-    `logratio_rejected` (nats a sequence). Labels: `accuracy` (share on their side of the baseline),
-    `logratio_good`, `logratio_bad`.
+    Pairs: `preferred` (share whose chosen answer the policy finds likelier than the rejected one),
+    `accuracy` (the same relative to the reference; for ORPO, by odds), `margin` (beta times what
+    the loss is a function of), `logratio_chosen` and `logratio_rejected` (nats a sequence). Labels:
+    `accuracy` (share on their side of the baseline), `logratio_good`, `logratio_bad`.
     """
     if isinstance(logps, LabelLogps):
         ratio_B, good_B = logps.logratio_B.detach().double(), logps.good_B
@@ -250,5 +250,10 @@ def metrics(logps: Logps, objective: Objective) -> dict[str, Sum]:
             "logratio_chosen": logps.chosen_logratio_B.detach().double(),
             "logratio_rejected": logps.rejected_logratio_B.detach().double(),
         }
-    values = {"accuracy": (margin_B > 0).double(), "margin": objective.beta * margin_B, **ratios}
+    values = {
+        "preferred": (logps.policy_chosen_B > logps.policy_rejected_B).double(),
+        "accuracy": (margin_B > 0).double(),
+        "margin": objective.beta * margin_B,
+        **ratios,
+    }
     return {name: (value_B.sum(), len(value_B)) for name, value_B in values.items()}

@@ -37,7 +37,7 @@ KILL_WHEN_THERE = [
 
 
 def write_config(folder: Path, model: Path, name: str) -> Path:
-    steps = {"batch_pairs": 1, "micro_batch_pairs": 1, "epochs": 4, "checkpoint_steps": 1}
+    steps = {"batch_pairs": 1, "epochs": 4, "checkpoint_steps": 1}
     values = run_values(
         folder,
         model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
@@ -29,12 +29,14 @@ from rlhf.examples import PAIR_REFERENCE
 from rlhf.learner import Learner, Trained
 from rlhf.logprobs import collate, sequence_logps, token_logps
 from rlhf.optimizer import learning_rate
+from rlhf.packing import TokenPair
 from rlhf.policy import Policy
 from rlhf.types import Completion, pairs_schema
 
 END = 2
 METRICS = {
     "loss",
+    "preferred",
     "accuracy",
     "logratio_chosen",
     "logratio_rejected",
@@ -61,7 +63,7 @@ def config_for(folder: Path, **sections: dict[str, Any]) -> RunConfig:
             "judges": {"panel": [{"name": "j", "function": "m:f", "dimensions": ["correctness"]}]},
             "learner": {
                 "batch_pairs": 8,
-                "micro_batch_pairs": 4,
+                "micro_batch_tokens": 64,
                 "learning_rate": 1e-3,
                 "schedule": "constant",
                 "warmup_share": 0.0,
@@ -188,13 +190,13 @@ def test_micro_batches_leave_the_step_as_it_is_in_float64(
     small_model: Path, tmp_path: Path, tuning: str
 ) -> None:
     pairs, reference, found = make_pairs(8), None, []
-    # 3 + 3 + 2 too: a mean of micro-batch means would weigh the last pairs more.
-    for size in (8, 4, 3, 1):
+    # Unequal ones too: a mean of micro-batch means would weigh some pairs more.
+    for size in (1000, 60, 40, 1):
         learner = make_learner(
             config_for(
                 small_model,
                 model={"tuning": tuning},
-                learner={"micro_batch_pairs": size, "max_grad_norm": 1e9},
+                learner={"micro_batch_tokens": size, "max_grad_norm": 1e9},
             )
         )
         learner.policy.model.double()
@@ -215,9 +217,9 @@ def test_micro_batches_leave_the_step_as_it_is_in_fp32(
 ) -> None:
     pairs = make_pairs(8)
     found = []
-    for size in (8, 4, 1):
+    for size in (1000, 60, 1):
         config = config_for(
-            small_model, model={"tuning": tuning}, learner={"micro_batch_pairs": size}
+            small_model, model={"tuning": tuning}, learner={"micro_batch_tokens": size}
         )
         found.append(first_gradients(make_learner(config), pairs, tmp_path / str(size)))
     (whole, loss), *cut = found
@@ -273,7 +275,7 @@ def test_every_tuning_and_precision_lowers_the_loss(
 
 
 def test_metrics_are_those_of_the_whole_step(small_model: Path, tmp_path: Path) -> None:
-    config = config_for(small_model, learner={"micro_batch_pairs": 3})
+    config = config_for(small_model, learner={"micro_batch_tokens": 50})
     learner = moved(make_learner(config))
     pairs = make_pairs(8)
     policy = sums(learner, pairs)
@@ -358,19 +360,19 @@ def test_logps_come_back_in_the_order_of_the_completions(small_model: Path) -> N
 def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
     small_model: Path, tmp_path: Path
 ) -> None:
-    config = config_for(
-        small_model, learner={"epochs": 2, "batch_pairs": 3, "micro_batch_pairs": 3}
-    )
+    config = config_for(small_model, learner={"epochs": 2, "batch_pairs": 3})
     learner, pairs = make_learner(config), make_pairs(8)
     reference = learner.reference_logps(pairs, 1)
     seen: list[list[tuple[int, ...]]] = []
 
-    def note(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
-        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-        rows = [tuple(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)]
-        seen.append(rows[: len(rows) // 2])
+    score = learner.sequence_logps
 
-    learner.policy.model.register_forward_pre_hook(note, with_kwargs=True)
+    def note(model: torch.nn.Module, sequences: Sequence[TokenPair]) -> Tensor:
+        chosen = sequences[: len(sequences) // 2]
+        seen.append([(*prompt, *completion) for prompt, completion in chosen])
+        return score(model, sequences)
+
+    learner.sequence_logps = note  # type: ignore[method-assign]
     result, log = train(learner, pairs, tmp_path, reference=reference)
     assert result.planned_steps == learner.plan(pairs) == 6 and log.steps == [1, 2, 3, 4, 5, 6]
     assert [len(rows) for rows in seen] == [3, 3, 2, 3, 3, 2]
@@ -549,7 +551,7 @@ def resumable(small_model: Path, **learner: Any) -> RunConfig:
     return config_for(
         small_model,
         lora={"dropout": 0.1},
-        learner={"batch_pairs": 3, "micro_batch_pairs": 2, "epochs": 2, **learner},
+        learner={"batch_pairs": 3, "micro_batch_tokens": 32, "epochs": 2, **learner},
     )
 
 

@@ -128,13 +128,13 @@ def test_micro_batches_leave_every_objectives_step_as_it_is(
     small_model: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     data, found = data_for(settings), []
-    # 3 + 3 + 2 too: a mean of micro-batch means would weigh the last examples more.
-    for size in (8, 3, 1):
+    # Unequal ones too: a mean of micro-batch means would weigh the last examples more.
+    for size in (1000, 50, 1):
         learner = make_learner(
             config_for(
                 small_model,
                 objective=settings,
-                learner={"micro_batch_pairs": size, "max_grad_norm": 1e9},
+                learner={"micro_batch_tokens": size, "max_grad_norm": 1e9},
             )
         )
         learner.policy.model.double()
@@ -147,14 +147,15 @@ def test_micro_batches_leave_every_objectives_step_as_it_is(
     assert whole.norm() > 1e-3
     for gradients, other in cut:
         assert other == pytest.approx(loss, rel=1e-12)
-        torch.testing.assert_close(gradients, whole, rtol=1e-8, atol=1e-12)
+        # Norms are fp32 inside even here, and a prompt that two answers share passes back once.
+        assert (gradients - whole).norm() < 1e-6 * whole.norm()
 
 
 def test_ktos_baseline_is_the_whole_steps_clamped_mean(small_model: Path, tmp_path: Path) -> None:
     config = config_for(
         small_model,
         objective={"name": "kto"},
-        learner={"batch_pairs": 4, "micro_batch_pairs": 1, "epochs": 2, "learning_rate": 1e-9},
+        learner={"batch_pairs": 4, "micro_batch_tokens": 20, "epochs": 2, "learning_rate": 1e-9},
     )
     learner, labels = moved(make_learner(config), 0.1), make_labels(9)
     reference = learner.reference_logps(labels, 3)
@@ -228,7 +229,7 @@ def test_kto_stopped_after_any_step_and_resumed_changes_no_byte(
         small_model,
         lora={"dropout": 0.1},
         objective={"name": "kto"},
-        learner={"batch_pairs": 3, "micro_batch_pairs": 1, "epochs": 2},
+        learner={"batch_pairs": 3, "micro_batch_tokens": 20, "epochs": 2},
     )
     labels, calls = make_labels(6), 0
 

@@ -305,6 +305,7 @@ def test_metrics_are_sums_and_counts_that_carry_no_gradient() -> None:
     )
     found = metrics(logps, settings("dpo", beta=0.5))
     assert {name: (value.item(), count) for name, (value, count) in found.items()} == {
+        "preferred": (1.0, 3),
         "accuracy": (1.0, 3),
         "logratio_chosen": (-2.0, 3),
         "logratio_rejected": (-2.0, 3),
@@ -328,7 +329,7 @@ def test_metrics_without_a_reference_tell_no_log_ratio() -> None:
     one = torch.ones(1)
     logps = PairLogps(one.log() - math.log(2), one * -3, None, None, one, one)
     found = metrics(logps, settings("orpo", beta=0.1))
-    assert found.keys() == {"accuracy", "margin"}
+    assert found.keys() == {"preferred", "accuracy", "margin"}
     # Odds 1 and e^-3 / (1 - e^-3).
     assert found["margin"][0].item() == pytest.approx(0.1 * (3 + math.log(1 - math.exp(-3))))
 

@@ -71,7 +71,7 @@ def test_eight_bit_training_resumes_at_every_step_without_a_changed_byte(
     config = config_for(
         small_model,
         model={"tuning": "full"},
-        learner={"batch_pairs": 2, "micro_batch_pairs": 2, "learning_rate": 1e-3, **EIGHT_BIT},
+        learner={"batch_pairs": 2, "learning_rate": 1e-3, **EIGHT_BIT},
     )
     pairs, calls = make_pairs(8), 0
 
