@@ -26,6 +26,7 @@ import rlhf.checkpoint
 from rlhf.config import RunConfig
 from rlhf.errors import InputError, Interrupted, NonFiniteError
 from rlhf.examples import PAIR_REFERENCE
+from rlhf.files import write_json
 from rlhf.learner import Learner, Trained
 from rlhf.logprobs import collate, sequence_logps, token_logps
 from rlhf.optimizer import learning_rate
@@ -721,7 +722,7 @@ def test_the_last_two_checkpoints_are_kept_and_the_older_one_serves_alone(
 def test_a_checkpoint_that_can_not_be_written_costs_none_of_the_others(
     small_model: Path, tmp_path: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, written = rlhf.checkpoint.write_json, 0
+    written = 0
 
     def fail_at_third(path: Path, value: Any) -> None:
         nonlocal written
@@ -729,7 +730,7 @@ def test_a_checkpoint_that_can_not_be_written_costs_none_of_the_others(
         assert len(kept_steps(tmp_path)) == written, "pruned before the new one is whole"
         if written == 3:
             raise OSError("the disk is gone")
-        write(path, value)
+        write_json(path, value)
 
     monkeypatch.setattr(rlhf.checkpoint, "write_json", fail_at_third)
     with pytest.raises(OSError, match="gone"):
@@ -794,4 +795,4 @@ def test_planned_steps(small_model: Path, pairs: int, batch: int, epochs: int, s
     config = config_for(small_model, learner={"batch_pairs": batch, "epochs": epochs})
     learner = Learner.__new__(Learner)
     learner.config, learner.settings = config, config.learner
-    assert learner.plan(make_pairs(pairs)) == steps
+    assert learner.plan(make_pairs(9).head(pairs)) == steps

@@ -253,14 +253,14 @@ def test_a_step_down_the_gradient_raises_chosen_and_lowers_rejected() -> None:
 def test_gradients_of_pair_losses_are_those_of_finite_differences(name: str) -> None:
     rng = torch.Generator().manual_seed(1)
     drawn = torch.rand((4, 5), generator=rng, dtype=torch.float64)
-    chosen, rejected, *reference = (-(1 + 9 * drawn)).unbind()
+    chosen, rejected, ref_c, ref_r = (-(1 + 9 * drawn)).unbind()
     tokens = torch.tensor([1, 2, 3, 5, 8]), torch.tensor([8, 5, 3, 2, 1])
     for normalise in ("tokens", "none"):
         takes = "normalise" in OBJECTIVES[name].settings
         objective = settings(name, **({"normalise": normalise} if takes else {}))
 
         def loss(c: Tensor, r: Tensor, objective: Objective = objective) -> Tensor:
-            return losses(PairLogps(c, r, *reference, *tokens), objective)
+            return losses(PairLogps(c, r, ref_c, ref_r, *tokens), objective)
 
         inputs = (chosen.clone().requires_grad_(), rejected.clone().requires_grad_())
         assert torch.autograd.gradcheck(loss, inputs)
