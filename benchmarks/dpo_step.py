@@ -50,6 +50,7 @@ class Case:
     precision: str
     tuning: str
     threads: int
+    model: str = MODEL
 
     @property
     def tokens(self) -> int:
@@ -81,12 +82,13 @@ def build(case: Case, ways: tuple[str, ...]) -> dict[str, Contender]:
     from rollout.imports import resolve_path
 
     torch.set_num_threads(case.threads)
-    path = materialise(str(resolve_path(MODEL)))
+    path = materialise(str(resolve_path(case.model)))
     settings = {"path": path, "tuning": case.tuning, "precision": case.precision}
     policy = Policy(Model.model_validate(settings), path, "cpu", seed=0)
     generator = torch.Generator().manual_seed(1)
+    words = policy.plain_model().config.vocab_size
     rows = [
-        [torch.randint(100, 40_000, (n,), generator=generator).tolist() for n in lengths]
+        [torch.randint(100, words, (n,), generator=generator).tolist() for n in lengths]
         for lengths in [(case.prompt, case.completion, case.completion)] * case.pairs
     ]
     sequences = [(p, c) for p, c, _ in rows] + [(p, r) for p, _, r in rows]
@@ -143,6 +145,8 @@ def _trl(case: Case, policy: Any, rows: list[Any], reference: Any) -> Callable[[
         policy.model, args=arguments, train_dataset=shown, processing_class=policy.tokenizer
     )
     trainer.model.train()
+    # Its loop sets this; here single steps are taken.
+    trainer.current_gradient_accumulation_steps = 1
     inputs = trainer.data_collator(
         [
             {
@@ -258,6 +262,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", choices=list(EQUAL), default="bf16")
     parser.add_argument("--tuning", choices=["lora", "full"], default="lora")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true", help="print a list of cases instead")
     parser.add_argument("--task", help="do this in this process; a JSON object")
@@ -271,7 +276,15 @@ def main() -> None:
     rows = []
     for size in given.sizes.split(","):
         prompt, completion = (int(n) for n in size.split("+"))
-        case = Case(prompt, completion, given.pairs, given.precision, given.tuning, given.threads)
+        case = Case(
+            prompt,
+            completion,
+            given.pairs,
+            given.precision,
+            given.tuning,
+            given.threads,
+            given.model,
+        )
         rows.append(compare(case, given.repeats))
         if not given.json:
             _show(rows[-1])
