@@ -194,7 +194,7 @@ def run(case: Case) -> Measured:
     empty = _status("VmRSS")
     learner = Learner(Policy(config.model, path, "cpu", seed=0), config)
     pairs = _pairs(case)
-    reference = learner.reference_logps(pairs)
+    reference = learner.reference_logps(pairs, 1)
     # What loading and scoring freed goes back, and the peak is counted anew.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     _unmap_unused()

@@ -120,7 +120,7 @@ def scoring(
         chunk = chunk_tokens(head.out_features)  # type: ignore[arg-type]
         frozen = not any(p.requires_grad for p in head.parameters())
         if frozen and torch.is_grad_enabled():
-            return _Frozen.apply(hidden_NH, targets_N, score, chunk)  # type: ignore[no-any-return]
+            return _Frozen.apply(hidden_NH, targets_N, score, chunk)  # type: ignore[no-any-return, no-untyped-call]
         return torch.cat(
             [
                 checkpoint(score, hidden_nH, targets_n, use_reentrant=False)
