@@ -85,7 +85,7 @@ def estimated(case: Case, gives_back: bool = True) -> int:
     held = Learning(
         architectures.find(MODEL),
         _settings(case).model,
-        2 * case.pairs,
+        case.pairs * (case.prompt + 2 * case.completion),
         case.prompt,
         case.completion,
         case.checkpointing,
@@ -106,7 +106,7 @@ def _settings(case: Case) -> Any:
             "prompts": {"train": pool, "gate": pool, "final": pool},
             "judges": {"panel": [{"name": "n", "function": "a:b", "dimensions": ["correctness"]}]},
             "learner": {
-                "micro_batch_pairs": case.pairs,
+                "micro_batch_tokens": case.pairs * (case.prompt + 2 * case.completion),
                 "batch_pairs": 2 * case.pairs,
                 "gradient_checkpointing": case.checkpointing,
             },
@@ -125,7 +125,7 @@ def _status(name: str) -> int:
 
 
 def _pairs(case: Case) -> Any:
-    """Four micro-batches; a rejected answer is one token shorter, so that batches are padded."""
+    """Four micro-batches; a rejected answer is one token shorter."""
     import numpy as np
     import polars as pl
 
@@ -194,7 +194,7 @@ def run(case: Case) -> Measured:
     empty = _status("VmRSS")
     learner = Learner(Policy(config.model, path, "cpu", seed=0), config)
     pairs = _pairs(case)
-    reference = learner.reference_logps(pairs)
+    reference = learner.reference_logps(pairs, 1)
     # What loading and scoring freed goes back, and the peak is counted anew.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     _unmap_unused()

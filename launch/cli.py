@@ -84,6 +84,34 @@ def train(
 
 
 @app.command
+def dpo(
+    config: Path,
+    /,
+    *more: Path,
+    plain: Annotated[bool, Flag] = False,
+    overrides: Overrides = (),
+) -> int:
+    """Train on a preference file, or go on with it: any objective, pairs or labels.
+
+    Parameters
+    ----------
+    config
+        YAML file with run, model, data, objective, learner.
+    more
+        Further YAML files; later ones win, key by key.
+    plain
+        Plain lines, no progress bars: --tracking.plain true.
+    """
+    from rlhf import config_io
+    from rlhf.config_offline import OfflineConfig
+
+    settings = config_io.load_as(OfflineConfig, [config, *more], _with_plain(plain, overrides))
+    from launch.offline import train as run
+
+    return run(settings)
+
+
+@app.command
 def demo(
     *,
     transformers: Annotated[bool, Flag] = False,

@@ -121,7 +121,7 @@ def _candidates(config: RunConfig) -> Iterator[Group]:
     near = sorted(shares, key=lambda share: abs(share - rollout.gpu_memory_share))
     yield SHARE, [s for s in near if s != rollout.gpu_memory_share]
     yield "rollout.memory_gib", [g for g in (8.0, 4.0, 2.0, 1.0, 0.5) if g != rollout.memory_gib]
-    yield "learner.micro_batch_pairs", _halved(learner.micro_batch_pairs, 1)
+    yield "learner.micro_batch_tokens", _halved(learner.micro_batch_tokens, 256)
     yield "rollout.max_concurrency", _halved(rollout.max_concurrency, rollout.samples_per_prompt)
     yield (
         "learner.gradient_checkpointing",

@@ -2,8 +2,9 @@
 
 Letters: P weights, of which E are the embedding and D the decoder's linear layers; R trained
 weights (P, or the adapter's); L layers of hidden H, query width q, inner I; V vocabulary; c bytes
-of the compute precision; S tokens of a micro-batch (2 x micro_batch_pairs sequences of the longest
-prompt and completion that the config allows); N of them are predicted.
+of the compute precision; S tokens of a micro-batch (`learner.micro_batch_tokens`, or the longest
+pair that the config allows, prompt + 2 completions, where that is more); of N the head holds logits
+at once (a chunk of `rlhf.head`).
 
 - weights: full 4P (fp32 masters); LoRA cP; QLoRA 0.516 D (4 bits, one byte of scale for 64 weights,
   four more for 256 of those) + c(P - D). The adapter is fp32.
@@ -11,9 +12,9 @@ prompt and completion that the config allows); N of them are predicted.
 - activations, a token and layer. Autograd keeps what a gradient needs: of a frozen layer nothing,
   of a trained one its input. The norms compute in fp32 whatever the rest does.
 
-      attention       c(2q + 2k + T) + 4 a head  query, output, keys and values (repeated to k = q
-                                                 where there are several), the mask that padding
-                                                 needs (T, the padded length), softmax statistics
+      attention       c(2q + 2k) + 4 a head      query, output, keys and values (repeated to k = q
+                                                 where there are several), softmax statistics; all
+                                                 layers share one mask
       full, autocast  26H + 8 + 4cI              norms 16H + 8 (residual and result), five inputs
                                                  10H; gate, its activation, up, their product
       full, fp32      24H + 8 + 16I
@@ -25,7 +26,8 @@ prompt and completion that the config allows); N of them are predicted.
   With gradient checkpointing each layer keeps its input alone (cH; 4H for full), and one layer at a
   time is computed again.
 - at the turn from forward to backward 12NV: log-softmax, its gradient, and the logits' gradient,
-  in fp32; or, where that is more, the gradient of a trained head, or one layer's backward.
+  in fp32, and where the head is trained its gradient, a chunk's and the sum; or, where that is
+  more, one layer's backward.
 - on a CPU glibc keeps freed blocks of less than 32 MiB, and tensors of other sizes do not fit into
   them: half of what training frees, as measured (0.4 to 0.8 of the activations). With
   `MALLOC_MMAP_THRESHOLD_=262144` in the environment it keeps none, and a step takes some 6% longer.
@@ -38,6 +40,7 @@ from functools import cached_property
 
 from launch.architectures import Architecture
 from rlhf.config_learner import Model
+from rlhf.head import chunk_tokens
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -46,11 +49,12 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True)
 class Learning:
-    """The learner's memory for micro-batches of `sequences`, `prompt` + `completion` tokens."""
+    """The learner's memory for micro-batches of `budget` tokens or one pair, `prompt` and twice
+    `completion`."""
 
     architecture: Architecture
     model: Model
-    sequences: int
+    budget: int
     prompt: int
     completion: int
     checkpointing: bool
@@ -74,12 +78,12 @@ class Learning:
     @property
     def tokens(self) -> int:
         """S."""
-        return self.sequences * (self.prompt + self.completion)
+        return max(self.budget, self.prompt + 2 * self.completion)
 
     @property
     def scored(self) -> int:
         """N."""
-        return self.sequences * self.completion
+        return min(self.tokens, chunk_tokens(self.architecture.vocabulary))
 
     @cached_property
     def adapter(self) -> int:
@@ -118,7 +122,7 @@ class Learning:
             # of full tuning are fp32.
             values = a.key
             keys = q if self.full and self.mixed else a.key
-        fixed = c * (2 * q + keys + values + self.prompt + self.completion) + 4 * a.heads + 8
+        fixed = c * (2 * q + keys + values) + 4 * a.heads + 8
         if self.full:
             return fixed + (26 * h + 4 * c * i if self.mixed else 24 * h + 16 * i)
         if not self.mixed:
@@ -142,13 +146,13 @@ class Learning:
     def turn(self) -> int:
         """Largest that backward adds at once."""
         a = self.architecture
-        logits = 12 * self.scored * a.vocabulary
-        head = 6 * a.embedding + 2 * self.scored * a.vocabulary if self.full else 0
+        head = 12 * self.scored * a.vocabulary
+        head += 2 * self.compute * a.embedding if self.full else 0
         layer = 8 * a.intermediate * self.tokens
         layer += self.a_token * self.tokens if self.checkpointing else 0
         if self.model.tuning == "qlora":
             layer += self.compute * a.hidden * a.intermediate
-        return max(logits, head, layer)
+        return max(head, layer)
 
     @property
     def step(self) -> int:

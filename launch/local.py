@@ -15,6 +15,7 @@ from launch.quiet import hush, hush_transformers
 from launch.terminal import Terminal
 from rlhf.config import RunConfig
 from rlhf.config_io import resolved
+from rlhf.config_offline import Trains
 from rlhf.errors import DataGateError, Interrupted, PairloopError
 from rlhf.interrupts import Interrupts
 from rlhf.protocols import Generator
@@ -114,20 +115,18 @@ def _wired(
 ) -> Iterator[Parts]:
     """The parts of a run; frees generator and judges at the end."""
     from rlhf.learner import Learner
-    from rlhf.policy import Policy, load_tokenizer, materialise, prompt_encoder
+    from rlhf.policy import Policy, load_tokenizer, prompt_encoder
     from rlhf.stage_base import Parts
     from rollout.weight_sync import Serving
 
     hush_transformers()
-    path = materialise(
-        str(resolve_path(config.model.path)) if _is_file(config) else config.model.path
-    )
+    path = model_path(config)
     tokenizer = load_tokenizer(config.model, path)
     pools = load_pools(config.prompts, config.run.seed, prompt_encoder(tokenizer))
     for line in (_counted(pools), *_calls(config, pools, judging)):
         watch.terminal.say(line)
     policy = Policy(config.model, path, plan.device, config.run.seed)
-    learner = Learner(policy, config)
+    learner = Learner(policy, config, watch.terminal.say)
     serving = Serving(
         lambda: _generator(config, plan, policy, pools),
         learner,
@@ -196,8 +195,13 @@ def _generator(config: RunConfig, plan: Plan, policy: Any, pools: Pools) -> Gene
     )
 
 
-def _is_file(config: RunConfig) -> bool:
-    return config.model.path.startswith("package:") or os.path.exists(config.model.path)
+def model_path(config: Trains) -> str:
+    """Where Transformers loads the policy's model from; a .gguf file is converted once."""
+    from rlhf.policy import materialise
+
+    given = config.model.path
+    local = given.startswith("package:") or os.path.exists(given)
+    return materialise(str(resolve_path(given)) if local else given)
 
 
 def _counted(pools: Pools) -> str:

@@ -72,7 +72,7 @@ def learning(config: RunConfig, architecture: Architecture, on_gpu: bool) -> Lea
     return Learning(
         architecture,
         config.model,
-        2 * config.learner.micro_batch_pairs,
+        config.learner.micro_batch_tokens,
         config.prompts.max_tokens,
         config.rollout.max_new_tokens,
         config.learner.gradient_checkpointing,
@@ -134,7 +134,7 @@ def _learner(config: RunConfig, held: Learning) -> Iterable[Part]:
     if held.full and config.rounds.reference == "initial":
         said = f"4 B x {total}, loaded for one pass"
         yield Part("learner", "initial policy", held.base, said, ("reference",), host)
-    shape = f"{held.sequences} sequences, {held.scored:,} predicted tokens"
+    shape = f"{held.tokens:,} tokens, logits of {held.scored:,}"
     yield Part("learner", "scoring", held.scoring, shape, ("reference",), host)
     trained = millions(held.trained)
     train: tuple[Phase, ...] = ("train",)
@@ -145,10 +145,12 @@ def _learner(config: RunConfig, held: Learning) -> Iterable[Part]:
     bytes_each = held.stream if held.checkpointing else held.a_token
     said = f"{bytes_each:,} B x {held.tokens:,} tokens x {a.layers} layers, {each}"
     yield Part("learner", "activations", held.activations, said, train, host)
-    said = f"12 B x {held.scored:,} predicted tokens x {a.vocabulary:,}"
-    if held.turn > 12 * held.scored * a.vocabulary:
-        said = "one layer's backward, or the head's gradient"
-    yield Part("learner", "logits", held.turn, said, train, host)
+    said = f"a chunk of the head: 12 B x {held.scored:,} tokens x {a.vocabulary:,}"
+    if held.full:
+        said += ", and its gradient"
+    elif held.turn > 12 * held.scored * a.vocabulary:
+        said = "one layer's"
+    yield Part("learner", "backward", held.turn, said, train, host)
     more = held.step - held.casts - held.activations - held.turn
     yield Part("learner", "AdamW's step", max(0, more), "beyond the activations", train, host)
     said = "half of what is freed; MALLOC_MMAP_THRESHOLD_=262144 in the environment: 0"
@@ -164,9 +166,9 @@ def _publishing(plan: Plan, held: Learning) -> Iterable[Part]:
         said = f"{c} B x {millions(a.parameters)}"
         yield Part("publish", "copy to write", c * a.parameters, said, ("publish",), True)
     else:
-        probes = held.sequences * min(PROBE_TOKENS, held.completion)
-        said = f"10 B x {probes} predicted tokens x {a.vocabulary:,}"
-        yield Part("publish", "scoring", 10 * probes * a.vocabulary, said, ("publish",), host)
+        said = f"10 B x {held.scored:,} tokens x {a.vocabulary:,}"
+        size = 10 * held.scored * a.vocabulary
+        yield Part("publish", "scoring", size, said, ("publish",), host)
 
 
 def _engine(

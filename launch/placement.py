@@ -8,6 +8,7 @@ from typing import Literal
 
 from launch.machines import BF16_CAPABILITY, Machine, this_machine
 from rlhf.config import RunConfig
+from rlhf.config_offline import Trains
 from rlhf.errors import InputError
 
 VLLM_NF4 = "vllm_bnb_plugin"
@@ -36,14 +37,8 @@ def place(
 
     Raises InputError where the config asks for what can't be had.
     """
-    if config.placement.device == "cuda" and not cuda:
-        raise InputError(
-            "placement.device is cuda, but this machine shows no GPU; use auto or cpu, or plan for "
-            "another machine with --dry-run --machine 1xT4-16GB"
-        )
-    on_gpu = cuda and config.placement.device != "cpu"
-    if on_gpu and capability is not None:
-        _check_precision(config, capability)
+    device = device_of(config, cuda, capability)
+    on_gpu = device == "cuda"
     if config.rollout.engine == "vllm" and not vllm:
         raise InputError(
             "rollout.engine is vllm, but vLLM is not installed: pip install 'pairloop[vllm]' "
@@ -72,10 +67,26 @@ def place(
             "pip install 'pairloop[vllm-nf4]', or use rollout.sync merged where the whole model "
             "fits"
         )
-    return Plan("cuda" if on_gpu else "cpu", engine, sync)
+    return Plan(device, engine, sync)
 
 
-def _check_precision(config: RunConfig, capability: tuple[int, int]) -> None:
+def device_of(
+    config: Trains, cuda: bool, capability: tuple[int, int] | None
+) -> Literal["cpu", "cuda"]:
+    """Where the learner works. Raises InputError where the config asks for what can't be had."""
+    if config.placement.device == "cuda" and not cuda:
+        raise InputError(
+            "placement.device is cuda, but this machine shows no GPU; use auto or cpu, or plan for "
+            "another machine with --dry-run --machine 1xT4-16GB"
+        )
+    if not cuda or config.placement.device == "cpu":
+        return "cpu"
+    if capability is not None:
+        _check_precision(config, capability)
+    return "cuda"
+
+
+def _check_precision(config: Trains, capability: tuple[int, int]) -> None:
     if config.model.precision == "bf16" and capability < BF16_CAPABILITY:
         has = ".".join(map(str, capability))
         raise InputError(

@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 from rlhf.config_base import Section, Share
 from rlhf.config_calibration import Calibration
 from rlhf.config_judges import Judges
-from rlhf.config_learner import Learner, Model, Objective
+from rlhf.config_learner import Learner, Model
+from rlhf.config_objective import Objective
 from rlhf.config_rollout import Prompts, Rollout
 from rlhf.config_selection import (
     STANDARD_FLOORS,
@@ -197,6 +198,15 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _batches_hold_a_baseline(self) -> RunConfig:
+        if self.objective.needs.data == "labels" and self.learner.batch_pairs < 2:
+            raise ValueError(
+                f"learner.batch_pairs must be at least 2 with {self.objective.name}, whose "
+                f"baseline needs another answer in its step, got {self.learner.batch_pairs}"
+            )
+        return self
+
     @property
     def weights(self) -> dict[str, float]:
         """Reward weights in use, summing to 1: the configured ones, else the standard ones."""
@@ -236,7 +246,12 @@ class RunConfig(Section):
     @property
     def learning_rate(self) -> float:
         """5e-6 for full tuning, 1e-4 for adapters, unless given."""
-        return self.learner.learning_rate or (5e-6 if self.model.tuning == "full" else 1e-4)
+        return self.learner.rate(self.model.tuning)
+
+    @property
+    def reference(self) -> Literal["initial", "round_start"]:
+        """What the objective holds the policy to."""
+        return self.rounds.reference
 
     def _standard(self, values: dict[str, float]) -> dict[str, float]:
         return {d: v for d, v in values.items() if d in self.judges.dimensions}

@@ -85,9 +85,10 @@ def leaves(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[str
             yield from leaves(inner, f"{prefix}{name}{mark}.")
 
 
-def suggest(name: str) -> list[str]:
-    """The settings whose last part is, or is most like, `name`: `temprature` -> its full key."""
-    found = [(leaf, leaf.rsplit(".", 1)[-1]) for leaf in leaves() if "[]" not in leaf]
+def suggest(name: str, root: type[Section] = RunConfig) -> list[str]:
+    """The settings of `root` whose last part is, or is most like, `name`: `temprature` -> its full
+    key."""
+    found = [(leaf, leaf.rsplit(".", 1)[-1]) for leaf in leaves(root) if "[]" not in leaf]
     near = get_close_matches(name.replace("-", "_"), [last for _, last in found], n=1, cutoff=0.75)
     return [leaf for leaf, last in found if last in near]
 
@@ -109,15 +110,15 @@ def alternatives(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def locate(path: KeyPath) -> tuple[KeyPath, Any, FieldInfo | None]:
-    """How much of `path` the config knows, with the type and, if it is a setting, field there.
+def locate(path: KeyPath, root: type[Section] = RunConfig) -> tuple[KeyPath, Any, FieldInfo | None]:
+    """How much of `path` the config `root` knows, with the type and, for a setting, field there.
 
     Where an entry may be of several kinds, a part that names one of them (as in pydantic's own
     paths) says which and is left out of the answer; without it, the first kind that has the
     setting is meant.
     """
     known: KeyPath = ()
-    annotation: Any = RunConfig
+    annotation: Any = root
     info: FieldInfo | None = None
     for part in path:
         inner = [o for o in alternatives(annotation) if o is not type(None)]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 from rlhf.config import RunConfig
 from rlhf.config_base import Section
 from rlhf.config_help import alternatives, kinds, locate, rule, suggest
+from rlhf.config_offline import Trains
 from rlhf.config_selection import STANDARD_FLOORS, STANDARD_PROTECTED, STANDARD_WEIGHTS
 from rlhf.config_yaml import INTEGER, NUMBER, KeyPath, Node, Reader, dotted, read_file, show
 from rlhf.errors import InputError
@@ -62,8 +63,13 @@ def load(paths: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()) -> Ru
 
     Raises InputError with all that is wrong, one a line: field, rule, value, place, remedy.
     """
-    root, problems = _gather(paths, overrides)
-    return _validated(RunConfig, (), root, problems)
+    return load_as(RunConfig, paths, overrides)
+
+
+def load_as(kind: type[S], paths: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()) -> S:
+    """`load` for another kind of config."""
+    root, problems = _gather(paths, overrides, kind)
+    return _validated(kind, _Root(kind, ()), root, problems)
 
 
 def load_section(name: str, section: type[S], overrides: Sequence[tuple[str, str]]) -> S:
@@ -71,12 +77,22 @@ def load_section(name: str, section: type[S], overrides: Sequence[tuple[str, str
 
     Raises InputError as `load` does.
     """
-    root, problems = _gather((), overrides)
+    root, problems = _gather((), overrides, RunConfig)
     root = _put(root, [name], Node({}, root.place))
-    return _validated(section, (name,), root, problems)
+    return _validated(section, _Root(RunConfig, (name,)), root, problems)
 
 
-def _gather(paths: Sequence[Path], overrides: Sequence[tuple[str, str]]) -> tuple[Node, list[str]]:
+@dataclass(frozen=True, slots=True)
+class _Root:
+    """Where settings are: in which kind of config, and under which key of it."""
+
+    kind: type[Section]
+    path: KeyPath
+
+
+def _gather(
+    paths: Sequence[Path], overrides: Sequence[tuple[str, str]], kind: type[Section]
+) -> tuple[Node, list[str]]:
     """All that is set, merged, and what is wrong with values taken by themselves."""
     root = Node({}, ", ".join(map(str, paths)) or "command line")
     problems: list[str] = []
@@ -91,7 +107,7 @@ def _gather(paths: Sequence[Path], overrides: Sequence[tuple[str, str]]) -> tupl
             root = _merge(root, replace(node, place=root.place))
     for key, text in overrides:
         reader = Reader(lambda line, key=key: f"command line: --{key}")  # type: ignore[misc]
-        node = _override(key, text, reader)
+        node = _override(key, text, reader, kind)
         problems += reader.problems
         if node is None:
             unreadable = True
@@ -103,23 +119,24 @@ def _gather(paths: Sequence[Path], overrides: Sequence[tuple[str, str]]) -> tupl
     return root, problems
 
 
-def _validated(section: type[S], path: KeyPath, root: Node, problems: Sequence[str]) -> S:
-    """The section at `path` as settings. Raises InputError with `problems` and its own."""
+def _validated(section: type[S], at: _Root, root: Node, problems: Sequence[str]) -> S:
+    """The section `at` its place as settings. Raises InputError with `problems` and its own."""
     found = list(problems)
     try:
-        config = section.model_validate(root.at(path).plain, strict=True)
+        config = section.model_validate(root.at(at.path).plain, strict=True)
     except ValidationError as error:
         found += [
-            _explain({**detail, "loc": (*path, *detail["loc"])}, root) for detail in error.errors()
+            _explain({**detail, "loc": (*at.path, *detail["loc"])}, root, at.kind)
+            for detail in error.errors()
         ]
     if found:
         raise InputError("\n".join(dict.fromkeys(found)))
     return config
 
 
-def _override(key: str, text: str, reader: Reader) -> Node | None:
+def _override(key: str, text: str, reader: Reader, kind: type[Section]) -> Node | None:
     path = tuple(key.split("."))
-    known, annotation, _ = locate(path)
+    known, annotation, _ = locate(path, kind)
     options = alternatives(annotation)
     if len(known) == len(path) and str in options:
         if type(None) in options and text in ("null", "~"):
@@ -156,22 +173,22 @@ def _put(tree: Node, path: Sequence[str], new: Node) -> Node:
     return Node({**children, head: child}, new.place)
 
 
-def _explain(detail: ErrorDetails, root: Node) -> str:
+def _explain(detail: ErrorDetails, root: Node, kind: type[Section]) -> str:
     """One line for one pydantic error: field, rule, value found, place, remedy."""
-    known, annotation, info = locate(detail["loc"])
+    known, annotation, info = locate(detail["loc"], kind)
     if detail["type"].startswith("union_tag") and isinstance(root.at(known).value, dict):
         annotation = Literal[kinds(annotation)]
         known = (*known, "kind")
     node = root.at(known)
     if detail["type"] == "extra_forbidden":
-        return _unknown(known, str(detail["loc"][-1]), annotation, root)
+        return _unknown((*known, str(detail["loc"][-1])), annotation, root, kind)
     if detail["type"] == "missing":
         return (
             f"{dotted(known)} is missing ({root.at(known[:-1]).place}); "
             f"it must be {rule(annotation)}"
         )
     if detail["type"] == "value_error":
-        return _broken_rule(known, str(detail["ctx"]["error"]), root)
+        return _broken_rule(known, str(detail["ctx"]["error"]), root, kind)
     remedy = _remedy(node.plain, annotation, info)
     return (
         f"{dotted(known)} must be {rule(annotation)}, found {show(node.plain)} "
@@ -179,11 +196,11 @@ def _explain(detail: ErrorDetails, root: Node) -> str:
     )
 
 
-def _unknown(section: KeyPath, key: str, annotation: type[Section], root: Node) -> str:
-    path = (*section, key)
+def _unknown(path: KeyPath, annotation: type[Section], root: Node, kind: type[Section]) -> str:
+    key = str(path[-1])
     secret = names_secret(key)
     near = get_close_matches(key, annotation.model_fields, n=1, cutoff=0.8 if secret else 0.6)
-    homes = suggest(key)
+    homes = suggest(key, kind)
     if secret and not near:
         remedy = (
             "secrets such as WANDB_API_KEY and HF_TOKEN come from the environment, never from a "
@@ -198,11 +215,11 @@ def _unknown(section: KeyPath, key: str, annotation: type[Section], root: Node) 
     return f"unknown key {dotted(path)} ({root.at(path).place}); {remedy}"
 
 
-def _broken_rule(section: KeyPath, message: str, root: Node) -> str:
+def _broken_rule(section: KeyPath, message: str, root: Node, kind: type[Section]) -> str:
     """A section's own rule; where its message opens with a setting, that setting's place."""
     opening = message.split(" ", 1)[0].split(".")
     for path in ((*section, *opening), tuple(opening)):
-        if len(locate(path)[0]) == len(path):
+        if len(locate(path, kind)[0]) == len(path):
             rest = message.split(" ", 1)[1]
             return f"{dotted(path)} {rest} ({root.at(path).place})"
     return f"{dotted(section)}: {message} ({root.at(section).place})"
@@ -227,13 +244,15 @@ def _remedy(value: Any, annotation: Any, info: FieldInfo | None) -> str:
     return "`pairloop config` lists every setting"
 
 
-def resolved(config: RunConfig) -> dict[str, Any]:
+def resolved(config: Trains) -> dict[str, Any]:
     """The config as JSON-ready data in field order, defaults that depend on others filled in.
 
     Loading it gives a config that behaves the same.
     """
     data = config.model_dump(mode="json")
     data["learner"]["learning_rate"] = config.learning_rate
+    if not isinstance(config, RunConfig):
+        return data
     standard = (
         ("weights", STANDARD_WEIGHTS),
         ("floors", STANDARD_FLOORS),
@@ -247,12 +266,12 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     return data
 
 
-def dump(config: RunConfig) -> str:
+def dump(config: Trains) -> str:
     """The resolved config as YAML that `load` reads back."""
     return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=100)
 
 
-def config_hash(config: RunConfig) -> str:
+def config_hash(config: Trains) -> str:
     """SHA-256 (hex) of the canonical JSON of every setting that may change results."""
     relevant = sorted(_relevant(resolved(config)).items())
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What is trained, and how: the policy, the objective, the optimizer step."""
+"""What is trained, and how: the policy and the optimizer step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class Model(Section):
     """Compute precision. fp16 (with loss scaling) for GPUs older than Ampere, such as a T4."""
     lora: Lora = Lora()
     attention: str = "sdpa"
-    """Attention implementation for the learner, as Transformers names it."""
+    """Attention implementation for the learner, as Transformers names it: `sdpa`, `eager`, or on a
+    GPU `flex_attention`; with others prompts are not shared. Models that cap attention logits
+    (Gemma-2) get eager instead of sdpa, which would leave that out."""
     trust_remote_code: bool = False
     """Off: a model must not run code of its own; needs `revision` if switched on."""
 
@@ -51,16 +53,6 @@ class Model(Section):
         return self
 
 
-class Objective(Section):
-    """What the pairs train."""
-
-    name: Literal["dpo"] = "dpo"
-    """`dpo`: Rafailov et al. 2023, equation 7."""
-    beta: Annotated[float, Field(gt=0)] = 0.2
-    """Strength of the leash to the reference; on-policy margins are small, so 0.1 drifts and 0.5
-    barely moves."""
-
-
 class Learner(Section):
     """How the policy is trained on a round's pairs."""
 
@@ -69,21 +61,47 @@ class Learner(Section):
     alpha / rank, so it needs, and stands, some twenty times the rate that moves trained weights."""
     epochs: Annotated[int, Field(ge=1)] = 1
     """Passes over a round's pairs; fresh pairs come next round, so one is enough."""
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the clusters that are held out of training; their loss is measured after every
+    epoch, and the weights of the best epoch are kept. For several epochs on fixed data; 0: none."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Epochs without a lower validation loss after which training stops. Default: it doesn't."""
     batch_pairs: Annotated[int, Field(ge=1)] = 16
-    """Pairs per optimizer step, over all ranks."""
-    micro_batch_pairs: Annotated[int, Field(ge=1)] = 4
-    """Pairs per forward pass; changes memory and speed, never the step."""
+    """Pairs (for `kto`: labelled answers) per optimizer step, over all ranks."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Tokens per forward pass, padding included, a prompt counted once for all its completions;
+    changes memory and speed, never the step. A longer pair is a pass by itself."""
+    on_inexact: Literal["stop", "plain"] = "stop"
+    """What to do where packed rows and the chunked head don't give the log-probs that padded rows
+    and whole logits give: `stop` with the numbers, or go the `plain` way, which takes more of both
+    time and memory."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Decay of the learning rate within a round."""
     warmup_share: Share = 0.1
     """Share of a round's steps with rising learning rate: Adam's first estimates are poor."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`adamw_8bit` (bitsandbytes) keeps Adam's moments in 8 bits, a quarter of the memory: worth it
+    for full tuning. `paged_adamw_8bit` also moves them to the host where a GPU runs short."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this L2 norm."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """The leash to the reference already regularises."""
+    """The leash to the reference already regularises. Norms and biases never decay."""
     gradient_checkpointing: bool = False
     """Trade a third more compute for activations; needed for 7B on 16 GB."""
     checkpoint_steps: Annotated[int, Field(ge=1)] = 10
-    """Optimizer steps between mid-round checkpoints."""
+    """Optimizer steps between mid-round checkpoints; the last two are kept."""
     max_skipped_steps: Annotated[int, Field(ge=1)] = 5
     """fp16: overflows in a row before the run stops."""
+
+    @model_validator(mode="after")
+    def _patience_measures(self) -> Learner:
+        if self.patience is not None and not self.validation_share:
+            raise ValueError(
+                "patience needs learner.validation_share: without held-out pairs no loss is "
+                "measured after an epoch"
+            )
+        return self
+
+    def rate(self, tuning: str) -> float:
+        """`learning_rate`, or its default for this tuning."""
+        return self.learning_rate or (5e-6 if tuning == "full" else 1e-4)

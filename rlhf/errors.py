@@ -29,6 +29,10 @@ class NonFiniteError(PairloopError):
     """A loss or gradient was NaN or infinite; the weights were not touched."""
 
 
+class InexactError(PairloopError):
+    """The frugal way of computing log-probs does not give what the plain way gives."""
+
+
 class Interrupted(PairloopError):
     """A signal, a spent budget or an endpoint that is down stopped the run at a safe point; the
     same command goes on."""

@@ -1,8 +1,8 @@
-"""The learner: one policy over Accelerate, trained on a round's pairs.
+"""The learner: one policy over Accelerate, trained on a round's pairs or labels.
 
-An optimizer step sums every pair's loss and divides by the step's pairs, so how the step is cut
-into micro-batches changes nothing but rounding. Checkpoints hold all that the next step depends
-on; the learning rate and the order of pairs are functions of (seed, round, step).
+An optimizer step sums every example's loss and divides by what the whole step holds, so how the
+step is cut into micro-batches changes nothing but rounding. Checkpoints hold all that the next step
+depends on; the learning rate and the order of examples are functions of (seed, round, step).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,44 +20,32 @@ import polars as pl
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf.config import RunConfig
-from rlhf.errors import InputError, NonFiniteError
-from rlhf.files import atomic_folder, read_json, sha256_file, write_json
-from rlhf.logprobs import Batch, collate, sequence_logps, split_rows, token_logps
-from rlhf.objectives import OBJECTIVES, PairLogps, pair_metrics
+from rlhf.checkpoint import Checkpoints, Progress, load_trained, save_trained
+from rlhf.config_offline import Trains
+from rlhf.errors import NonFiniteError
+from rlhf.examples import (
+    Example,
+    Order,
+    Step,
+    at_reference,
+    data_of,
+    logps_of,
+    sequences,
+    split_by_cluster,
+)
+from rlhf.files import atomic_file
+from rlhf.logprobs import Batch, sequence_logps, split_rows
+from rlhf.objectives import kl_baseline, metrics
+from rlhf.optimizer import check_optimizer, learning_rate, make_optimizer
+from rlhf.packing import TokenPair
 from rlhf.policy import Policy
+from rlhf.scoring import Scorer
 from rlhf.types import Completion
 
+BEST = "best.safetensors"
 OnStep = Callable[[int, dict[str, float]], None]
-
-REFERENCE = pl.Schema(
-    {
-        "prompt_id": pl.String,
-        "chosen_sample": pl.Int32,
-        "rejected_sample": pl.Int32,
-        "reference_chosen": pl.Float64,
-        "reference_rejected": pl.Float64,
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A pair as the learner needs it: sampled ids and the reference's log-probs."""
-
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    reference_chosen: float
-    reference_rejected: float
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that a forward pass over both sequences reads."""
-        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,39 +57,25 @@ class Trained:
     skipped_steps: int
     first_loss: float | None
     """Loss of the round's first step; None for a round without steps."""
-
-
-@dataclass(slots=True)
-class _Progress:
-    round_index: int
-    step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    first_loss: float | None = None
-
-
-def learning_rate(step: int, planned: int, peak: float, schedule: str, warmup: float) -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up, then the schedule down to zero.
-
-    >>> [round(learning_rate(s, 4, 1.0, "linear", 0.25), 3) for s in range(4)]
-    [1.0, 1.0, 0.667, 0.333]
-    """
-    rising = math.ceil(warmup * planned)
-    if step < rising:
-        return peak * (step + 1) / rising
-    done = (step - rising) / max(1, planned - rising)
-    if schedule == "constant":
-        return peak
-    return peak * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+    best_step: int | None = None
+    """The step whose weights were kept, for their validation loss; None without validation."""
+    best_loss: float | None = None
+    """That validation loss."""
 
 
 class Learner:
     """Trains one policy; also scores sequences under it, since it holds the weights."""
 
-    def __init__(self, policy: Policy, config: RunConfig) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: Trains,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.policy = policy
         self.config = config
         self.settings = config.learner
+        check_optimizer(config.learner, policy.device)
         # Precision and micro-batches are the config's; else `accelerate launch` sets them unasked.
         self.accelerator = Accelerator(
             cpu=policy.device == "cpu",
@@ -113,6 +87,9 @@ class Learner:
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
             policy.model.enable_input_require_grads()  # type: ignore[operator]
+        self.scorer = Scorer(
+            policy, self.settings.micro_batch_tokens, self.settings.on_inexact, say
+        )
 
     def logps(self, completions: Sequence[Completion], initial: bool = False) -> list[list[float]]:
         """Token log-probs of completions under the policy, or under the run's initial policy."""
@@ -124,34 +101,36 @@ class Learner:
                 found[row] = values
         return found
 
-    def reference_logps(self, pairs: pl.DataFrame) -> pl.DataFrame:
-        """Sequence log-probs of both sides under the reference, schema `REFERENCE`.
+    def reference_logps(self, table: pl.DataFrame, round_index: int) -> pl.DataFrame:
+        """Sequence log-probs under the reference that a round on `table` needs (schema
+        `PAIR_REFERENCE` or `LABEL_REFERENCE` of `rlhf.examples`).
 
         Computed once a round before training, so that no second model is resident during it.
         """
-        sequences = []
-        for row in _examples(pairs):
-            sequences += [(row.prompt, row.chosen), (row.prompt, row.rejected)]
-        sums = np.empty(len(sequences))
-        for rows, batch, tokens_N in self._score(sequences, self.config.rounds.reference):
-            sums[rows] = sequence_logps(tokens_N, batch).double().cpu().numpy()
-        return pairs.select("prompt_id", "chosen_sample", "rejected_sample").with_columns(
-            reference_chosen=pl.Series(sums[0::2]), reference_rejected=pl.Series(sums[1::2])
-        )
+        tables = []
+        for part, order in self._parts(table, round_index):
+            data = data_of(part, self.config.objective)
+            wanted = data.unscored(order)
+            # An answer may be in several pairs.
+            numbers: dict[TokenPair, int] = {}
+            chosen = [numbers.setdefault(s, len(numbers)) for s in wanted]
+            found = np.empty(len(numbers))
+            for rows, batch, tokens_N in self._score(list(numbers), self.config.reference):
+                found[rows] = sequence_logps(tokens_N, batch).double().cpu().numpy()
+            tables.append(data.scored(order, found[chosen].tolist()))
+        return pl.concat(tables)
 
     def _score(
-        self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], kind: str
+        self, sequences: Sequence[TokenPair], kind: str
     ) -> Iterator[tuple[list[int], Batch, Tensor]]:
-        size = 2 * self.settings.micro_batch_pairs
-        order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i][0]), i))
-        with self.policy.reference(kind) as model, torch.no_grad(), self.policy.autocast():
+        examples = [[sequence] for sequence in sequences]
+        self.scorer.prove(examples)
+        with self.policy.reference(kind) as model, torch.no_grad():
             model.eval()
-            for start in range(0, len(order), size):
-                rows = order[start : start + size]
-                batch = collate(
-                    [sequences[i] for i in rows], self.policy.pad_id, self.policy.device
-                )
-                yield rows, batch, token_logps(model, batch)
+            for micro in self.scorer.plan(examples):
+                rows = list(micro.examples)
+                tokens_N, batch = self.scorer.tokens(model, [sequences[i] for i in rows])
+                yield rows, batch, tokens_N
 
     def release(self) -> None:
         """Give back what only training needed: gradients, and device memory that torch caches."""
@@ -161,38 +140,64 @@ class Learner:
         if self.policy.device != "cpu":
             torch.cuda.empty_cache()
 
-    def plan(self, pairs: int) -> int:
-        """Optimizer steps of a round: epochs x ceil(pairs / batch_pairs)."""
-        return self.settings.epochs * math.ceil(pairs / self.settings.batch_pairs)
+    def plan(self, table: pl.DataFrame) -> int:
+        """Optimizer steps of a round on `table`, unless it stops early."""
+        training, order = self._parts(table, 0)[0]
+        return len(order.steps(training.height, data_of(training, self.config.objective).least))
+
+    def steps(
+        self, table: pl.DataFrame, reference: pl.DataFrame | None, round_index: int
+    ) -> tuple[list[Step], Step | None]:
+        """A round's optimizer steps, and all that is held out as one step, if anything is."""
+        training, *held = [
+            data_of(part, self.config.objective).steps(order, reference)
+            for part, order in self._parts(table, round_index)
+        ]
+        return training, held[0][0] if held else None
+
+    def _parts(self, table: pl.DataFrame, round_index: int) -> list[tuple[pl.DataFrame, Order]]:
+        """What is trained on, then what is held out of it, if anything; each with its order."""
+        learner, seed = self.settings, self.config.run.seed
+        order = Order(seed, round_index, learner.epochs, learner.batch_pairs)
+        if not learner.validation_share:
+            return [(table, order)]
+        training, held = split_by_cluster(table, learner.validation_share, seed)
+        return [(training, order), (held, Order(seed, round_index, 1, held.height))]
 
     def train(
         self,
-        pairs: pl.DataFrame,
-        reference: pl.DataFrame,
+        table: pl.DataFrame,
+        reference: pl.DataFrame | None,
         round_index: int,
         state: Path,
         on_step: OnStep,
         check: Callable[[], None],
     ) -> Trained:
-        """Train the policy in place on a round's pairs, from its current weights.
+        """Train the policy in place on a round's pairs or labels, from its current weights.
 
-        `state` keeps the mid-round checkpoint: a checkpoint there is gone on from, and one is
-        written every `checkpoint_steps` and when `check` raises `Interrupted`.
+        `reference` is what `reference_logps` gave, None for an objective without one. `state`
+        keeps the mid-round checkpoint: a checkpoint there is gone on from, and one is written
+        every `checkpoint_steps` and when `check` raises `Interrupted`.
         Raises NonFiniteError before any non-finite update (after a few in a row under fp16).
         """
-        examples = _examples(pairs, reference)
-        steps = self._steps(examples, round_index)
-        optimizer = self._optimizer()
+        assert (reference is not None) == self.config.objective.needs.reference
+        steps, held = self.steps(table, reference, round_index)
+        self.scorer.prove([e.sequences for step in steps for e in step.examples])
+        optimizer = make_optimizer(
+            self.policy.trainable(), self.settings, self.config.learning_rate
+        )
         model, optimizer = self.accelerator.prepare(self.policy.model, optimizer)
         model.train()
         scaler = torch.amp.GradScaler(
             self.policy.device, enabled=self.config.model.precision == "fp16"
         )
-        progress = self._resume(state, optimizer, scaler, round_index)
+        checkpoints = Checkpoints(state / "checkpoints", self.policy, optimizer, scaler)
+        progress = checkpoints.resume(round_index)
         # A round's start is fixed by its number, not by what this process drew before.
         if progress.step == 0:
             torch.manual_seed(_seed(self.config.run.seed, round_index))
-        while progress.step < len(steps):
+        patience = self.settings.patience or self.settings.epochs
+        while progress.step < len(steps) and progress.stale_epochs < patience:
             started = time.perf_counter()
             rate = learning_rate(
                 progress.step,
@@ -203,81 +208,131 @@ class Learner:
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batch = steps[progress.step]
-            metrics = self._step(model, optimizer, scaler, batch, progress)
+            step = steps[progress.step]
+            found = self._step(model, optimizer, scaler, step, progress)
             seconds = time.perf_counter() - started
-            tokens = sum(e.tokens for e in batch)
-            metrics |= {"learning_rate": rate, "tokens_per_second": tokens / seconds}
+            found |= {"learning_rate": rate, "tokens_per_second": step.tokens / seconds}
             progress.step += 1
-            on_step(progress.step, metrics)
-            self._save_or_stop(state, optimizer, scaler, progress, len(steps), check)
+            if held is not None and progress.step % (len(steps) // self.settings.epochs) == 0:
+                found |= self._validate(model, held, progress, state / BEST)
+            on_step(progress.step, found)
+            self._save_or_stop(checkpoints, progress, len(steps), check)
+        if progress.best_step not in (None, progress.step):
+            load_trained(self.policy, state / BEST)
         self.accelerator.free_memory()
         return Trained(
-            len(steps), len(steps) - progress.skipped, progress.skipped, progress.first_loss
+            len(steps),
+            progress.step - progress.skipped,
+            progress.skipped,
+            progress.first_loss,
+            progress.best_step,
+            progress.best_loss,
         )
+
+    def _validate(
+        self, model: torch.nn.Module, held: Step, progress: Progress, best: Path
+    ) -> dict[str, float]:
+        """Measure the held-out examples after an epoch; keep the weights if they are the best."""
+        found = self.measure(model, held)
+        # A loss that is no number is never the best.
+        if progress.best_loss is None or found["loss"] < progress.best_loss:
+            progress.best_loss, progress.best_step = found["loss"], progress.step
+            progress.stale_epochs = 0
+            with atomic_file(best) as file:
+                save_trained(self.policy, file)
+        else:
+            progress.stale_epochs += 1
+        return {f"validation_{name}": value for name, value in found.items()}
+
+    def measure(self, model: torch.nn.Module, step: Step) -> dict[str, float]:
+        """Loss and metrics of a step's examples, without gradient or dropout."""
+        objective, loss = self.config.objective, step.loss(self.config.objective)
+        baseline, tally, total = self._baseline(model, step), _Tally(), 0.0
+        model.eval()
+        with torch.no_grad():
+            for micro in self._micro_batches(step):
+                sums_S = self.sequence_logps(model, sequences(micro))
+                logps = logps_of(micro, sums_S, baseline, objective.needs.reference)
+                total += float(loss.total(logps))
+                tally.add(metrics(logps, objective))
+        model.train()
+        return {"loss": total, **tally.means()}
 
     def _step(
         self,
         model: torch.nn.Module,
         optimizer: Any,
         scaler: torch.amp.GradScaler,
-        batch: Sequence[Example],
-        progress: _Progress,
+        step: Step,
+        progress: Progress,
     ) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        denominator = {"pairs": len(batch)}[OBJECTIVES[self.config.objective.name].denominator]
-        size = self.settings.micro_batch_pairs
+        objective, loss = self.config.objective, step.loss(self.config.objective)
+        baseline = self._baseline(model, step)
+        tally = _Tally()
+        lost = torch.zeros(2, dtype=torch.float64)
         optimizer.zero_grad(set_to_none=True)
-        for start in range(0, len(batch), size):
-            micro = batch[start : start + size]
-            losses_B, metrics = self._forward(model, micro)
-            # Divided by what the whole step holds, not the micro-batch.
-            self.accelerator.backward(scaler.scale(losses_B.sum() / denominator))
-            metrics["loss"] = losses_B.detach().double().sum()
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        averaged = {name: value / len(batch) for name, value in totals.items()}
+        for micro in self._micro_batches(step):
+            sums_S = self.sequence_logps(model, sequences(micro))
+            logps = logps_of(micro, sums_S, baseline, objective.needs.reference)
+            own, nll = loss.parts(logps)
+            total = own + objective.sft * nll
+            self.accelerator.backward(scaler.scale(total))
+            lost += torch.stack([total, nll]).detach().double().cpu()
+            tally.add(metrics(logps, objective))
+        found = {"loss": float(lost[0]), **tally.means()}
+        if objective.sft:
+            found["nll"] = float(lost[1])
+        if step.mismatched:
+            found["kl_baseline"] = float(baseline)
         scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
         norm = torch.nn.utils.clip_grad_norm_(
             [p for _, p in self.policy.trainable()], self.settings.max_grad_norm
         )
-        averaged["grad_norm"] = float(norm)
-        finite = math.isfinite(averaged["loss"]) and math.isfinite(averaged["grad_norm"])
-        averaged["skipped"] = float(not finite)
+        found["grad_norm"] = float(norm)
+        finite = math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])
+        found["skipped"] = float(not finite)
         if progress.step == 0:
-            progress.first_loss = averaged["loss"]
-            self._check_first_loss(progress.round_index, averaged["loss"])
+            progress.first_loss = found["loss"]
+            self._check_first_loss(progress.round_index, step, found["loss"])
         if finite:
             progress.skipped_in_a_row = 0
             scaler.step(getattr(optimizer, "optimizer", optimizer))
             scaler.update()
         else:
-            self._skip(scaler, optimizer, progress, averaged)
-        return averaged
+            self._skip(scaler, optimizer, progress, found)
+        return found
 
-    def _forward(
-        self, model: torch.nn.Module, micro: Sequence[Example]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        sequences = [(e.prompt, e.chosen) for e in micro] + [(e.prompt, e.rejected) for e in micro]
-        batch = collate(sequences, self.policy.pad_id, self.policy.device)
-        with self.policy.autocast():
-            sums_2B = sequence_logps(token_logps(model, batch, self.policy.model), batch)
-        chosen_B, rejected_B = sums_2B.chunk(2)
-        logps = PairLogps(
-            chosen_B,
-            rejected_B,
-            sums_2B.new_tensor([e.reference_chosen for e in micro]),
-            sums_2B.new_tensor([e.reference_rejected for e in micro]),
-        )
-        objective = OBJECTIVES[self.config.objective.name]
-        beta = self.config.objective.beta
-        return objective.losses(logps, beta), pair_metrics(logps, beta)
+    def _micro_batches(self, step: Step) -> Iterator[list[Example]]:
+        for planned in self.scorer.plan([e.sequences for e in step.examples]):
+            yield [step.examples[i] for i in planned.examples]
+
+    def _baseline(self, model: torch.nn.Module, step: Step) -> Tensor:
+        """KTO's z0 of the whole step: no gradient, no dropout; 0 where nothing is mismatched."""
+        if not step.mismatched:
+            return torch.zeros((), device=self.policy.device)
+        given, policy, reference = step.mismatched, [], []
+        model.eval()
+        with torch.no_grad():
+            for planned in self.scorer.plan([[sequence] for sequence in given]):
+                rows = planned.examples
+                policy.append(self.sequence_logps(model, [given[i] for i in rows]))
+                reference += [step.reference_mismatched[i] for i in rows]
+        model.train()
+        policy_B = torch.cat(policy)
+        return kl_baseline(policy_B, policy_B.new_tensor(reference))
+
+    def sequence_logps(self, model: torch.nn.Module, sequences: Sequence[TokenPair]) -> Tensor:
+        """Sum of the completion's log-probs of each (prompt ids, completion ids), shape [S].
+
+        In the order given, differentiable; one forward pass of `model`, which may be wrapped.
+        """
+        return self.scorer.sums(model, sequences, self.policy.model)
 
     def _skip(
         self,
         scaler: torch.amp.GradScaler,
         optimizer: Any,
-        progress: _Progress,
+        progress: Progress,
         metrics: dict[str, float],
     ) -> None:
         what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
@@ -297,136 +352,53 @@ class Learner:
                 f"now {scaler.get_scale():g}); use model.precision bf16 or fp32"
             )
 
-    def _steps(self, examples: Sequence[Example], round_index: int) -> list[list[Example]]:
-        steps = []
-        for epoch in range(self.settings.epochs):
-            rng = np.random.default_rng((self.config.run.seed, round_index, epoch))
-            order = [examples[i] for i in rng.permutation(len(examples))]
-            for start in range(0, len(order), self.settings.batch_pairs):
-                # Similar lengths side by side, so that micro-batches carry little padding.
-                step = order[start : start + self.settings.batch_pairs]
-                steps.append(sorted(step, key=lambda e: (e.tokens, e.prompt)))
-        return steps
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            [p for _, p in self.policy.trainable()],
-            lr=self.config.learning_rate,
-            weight_decay=self.settings.weight_decay,
-        )
-
-    def _check_first_loss(self, round_index: int, loss: float) -> None:
-        at_reference = self.config.rounds.reference == "round_start" or round_index == 1
-        if not at_reference or _drops_out(self.policy.model) or not math.isfinite(loss):
+    def _check_first_loss(self, round_index: int, step: Step, loss: float) -> None:
+        objective = self.config.objective
+        at_start = self.config.reference == "round_start" or round_index == 1
+        if not at_start or not objective.needs.reference or not math.isfinite(loss):
             return
-        # Before any update policy = reference, so every DPO loss is ln 2 up to padding's rounding.
-        allowed = 1e-3 if self.config.model.precision == "fp32" else 0.1
-        if abs(loss - math.log(2)) > allowed:
+        if _drops_out(self.policy.model):
+            return
+        # Before any update policy = reference: DPO's loss is ln 2, up to padding's rounding.
+        expected = float(step.loss(objective).total(at_reference(step, self.policy.device)))
+        allowed = (1e-3 if self.config.model.precision == "fp32" else 0.1) * max(1, expected)
+        if abs(loss - expected) > allowed:
             raise NonFiniteError(
-                f"round {round_index}: the first step's DPO loss is {loss:.4f}, not ln 2 = 0.6931: "
-                "reference log-probs and policy disagree about the same weights, which were not "
-                "touched"
+                f"round {round_index}: the first step's {objective.name} loss is {loss:.4f}, not "
+                f"the {expected:.4f} that it is at the reference: reference log-probs and policy "
+                "disagree about the same weights, which were not touched"
             )
 
     def _save_or_stop(
         self,
-        state: Path,
-        optimizer: Any,
-        scaler: torch.amp.GradScaler,
-        progress: _Progress,
+        checkpoints: Checkpoints,
+        progress: Progress,
         planned: int,
         check: Callable[[], None],
     ) -> None:
         try:
             check()
         except BaseException:
-            self._save(state, optimizer, scaler, progress)
+            checkpoints.save(progress)
             raise
         if progress.step % self.settings.checkpoint_steps == 0 and progress.step < planned:
-            self._save(state, optimizer, scaler, progress)
-
-    def _save(
-        self, state: Path, optimizer: Any, scaler: torch.amp.GradScaler, progress: _Progress
-    ) -> None:
-        with atomic_folder(state / "checkpoint") as folder:
-            trained = {n: p.detach().cpu().contiguous() for n, p in self.policy.trainable()}
-            save_file(trained, folder / "trained.safetensors")
-            generators = {"cpu": torch.get_rng_state()}
-            if self.policy.device != "cpu":
-                generators["cuda"] = torch.cuda.get_rng_state()
-            torch.save(
-                {
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "rng": generators,
-                },
-                folder / "state.pt",
-            )
-            write_json(
-                folder / "checkpoint.json",
-                {
-                    "step": progress.step,
-                    "skipped": progress.skipped,
-                    "skipped_in_a_row": progress.skipped_in_a_row,
-                    "first_loss": progress.first_loss,
-                    "sha256": {
-                        name: sha256_file(folder / name)
-                        for name in ("trained.safetensors", "state.pt")
-                    },
-                },
-            )
-
-    def _resume(
-        self, state: Path, optimizer: Any, scaler: torch.amp.GradScaler, round_index: int
-    ) -> _Progress:
-        folder = state / "checkpoint"
-        if not folder.is_dir():
-            return _Progress(round_index)
-        redo = f"remove {folder} to train this round from its start"
-        meta = read_json(folder / "checkpoint.json", redo)
-        for name, expected in meta["sha256"].items():
-            found = sha256_file(folder / name) if (folder / name).is_file() else None
-            if found != expected:
-                raise InputError(
-                    f"{folder / name}: its SHA-256 is {found}, not {expected} as written; {redo}"
-                )
-        trained = load_file(folder / "trained.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.policy.trainable():
-                parameter.copy_(trained[name])
-        kept = torch.load(folder / "state.pt", weights_only=True, map_location=self.policy.device)
-        optimizer.load_state_dict(kept["optimizer"])
-        scaler.load_state_dict(kept["scaler"])
-        torch.set_rng_state(kept["rng"]["cpu"].cpu())
-        if "cuda" in kept["rng"]:
-            torch.cuda.set_rng_state(kept["rng"]["cuda"].cpu())
-        return _Progress(
-            round_index,
-            meta["step"],
-            meta["skipped"],
-            meta["skipped_in_a_row"],
-            meta["first_loss"],
-        )
+            checkpoints.save(progress)
 
 
-def _examples(pairs: pl.DataFrame, reference: pl.DataFrame | None = None) -> list[Example]:
-    if reference is None:
-        table = pairs.with_columns(reference_chosen=pl.lit(0.0), reference_rejected=pl.lit(0.0))
-    else:
-        keys = ["prompt_id", "chosen_sample", "rejected_sample"]
-        table = pairs.join(reference, on=keys, how="left", validate="1:1", maintain_order="left")
-        missing = table["reference_chosen"].null_count() + table["reference_rejected"].null_count()
-        assert not missing, "every pair has its reference log-probs"
-    return [
-        Example(
-            tuple(row["prompt_token_ids"]),
-            tuple(row["chosen_token_ids"]),
-            tuple(row["rejected_token_ids"]),
-            row["reference_chosen"],
-            row["reference_rejected"],
-        )
-        for row in table.iter_rows(named=True)
-    ]
+class _Tally:
+    """Sums and counts of a step, micro-batch by micro-batch."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[float, float]] = {}
+
+    def add(self, sums: Mapping[str, tuple[Tensor, float]]) -> None:
+        for name, (value, count) in sums.items():
+            before, of = self._found.get(name, (0.0, 0))
+            self._found[name] = (before + float(value), of + count)
+
+    def means(self) -> dict[str, float]:
+        """Nothing of what there was nothing of: a step may have no bad answer."""
+        return {n: value / of for n, (value, of) in self._found.items() if of}
 
 
 def _drops_out(model: torch.nn.Module) -> bool:

@@ -1,9 +1,10 @@
 """On-policy preference optimisation: start reading here, `run` is the algorithm.
 
 How it differs from offline DPO: answers are sampled from the policy that is being trained, every
-round anew, and judged; pairs are made of the policy's own answers to one prompt. What it leaves
-out of RLHF with PPO: no value model, no reward gradient, no per-token advantage; the KL leash is
-inside the DPO loss and is measured on fresh samples instead of being a penalty.
+round anew, and judged; pairs are made of the policy's own answers to one prompt (for KTO, single
+good and bad answers). What it leaves out of RLHF with PPO: no value model, no reward gradient, no
+per-token advantage; the KL leash is inside the loss and is measured on fresh samples instead of
+being a penalty.
 
 Versions are rounds: version 0 is the start, round t trains version t from version t - 1. Every
 stage is stored by the round it belongs to and is done once, whatever kills the process.
@@ -44,7 +45,8 @@ def run(config: RunConfig, store: RunStore, parts: Parts) -> Outcome:
             do.check_cold_start(round, completions, scores)
         pairs = do.select(round, prompts, completions, scores)
         do.audit(round, prompts, completions, pairs)
-        do.train(round, pairs)
+        data = do.label(round, prompts, completions, scores) if do.trains_on_labels else pairs
+        do.train(round, data)
         do.evaluate(round, version=index)
         verdict = do.gate(round, best=do.best([0, *promoted]))
         parts.reporter.table(f"round {index}", round_rows(store, index))

@@ -256,7 +256,7 @@ class Policy:
 
     def merged_weights(self) -> dict[str, Tensor]:
         """Name -> weight of the plain model, adapter added in fp32, tied copies left out."""
-        plain = self._plain()
+        plain = self.plain_model()
         adapted: dict[str, Any] = {
             n: m for n, m in plain.named_modules() if isinstance(m, LoraLayer)
         }
@@ -293,18 +293,18 @@ class Policy:
         )
         config.dtype = dtype
         config.save_pretrained(folder)
-        plain = self._plain()
+        plain = self.plain_model()
         if plain.generation_config is not None:
             plain.generation_config.save_pretrained(folder)
 
     def _tied(self) -> dict[str, str]:
         """Weights that are another's under a second name -> that other's name."""
-        plain = self._plain()
+        plain = self.plain_model()
         if not getattr(plain.config, "tie_word_embeddings", False):
             return {}
         return dict(getattr(plain, "all_tied_weights_keys", None) or {})
 
-    def _plain(self) -> Any:
+    def plain_model(self) -> Any:
         """The model without its adapter's wrapper."""
         model: Any = self.model
         return model.get_base_model() if self.adapted else model
@@ -338,6 +338,10 @@ class Policy:
             raise InputError(
                 f"model.tuning {self.config.tuning}: {error}; pip install 'pairloop[qlora]'"
             ) from None
+        capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+        if capped is not None and self.config.attention == "sdpa":
+            # SDPA leaves soft-capping out without a word (Gemma-2): another model's log-probs.
+            model.set_attn_implementation("eager")
         if not quantised:
             placed: nn.Module = model.to(self.device)
             return placed

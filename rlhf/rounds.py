@@ -17,8 +17,8 @@ from typing import Any, Literal, Self, get_args
 
 import polars as pl
 
-from rlhf.config import RunConfig
 from rlhf.config_io import config_hash, difference, dump, resolved
+from rlhf.config_offline import Trains
 from rlhf.errors import InputError
 from rlhf.files import (
     FolderLock,
@@ -248,7 +248,7 @@ class RunStore:
         self._rounds: dict[str, Round] = {}
 
     @classmethod
-    def open(cls, config: RunConfig) -> Self:
+    def open(cls, config: Trains) -> Self:
         """Open or make `run.directory/run.name`, and lock it for the life of this process.
 
         Raises `InputError` if the folder is in use, can't be written, holds something that is no
@@ -324,7 +324,7 @@ def _claim(folder: Path) -> FolderLock:
         ) from error
 
 
-def _settle_config(folder: Path, config: RunConfig) -> None:
+def _settle_config(folder: Path, config: Trains) -> None:
     """Refuse a config that would change results; keep the one in force beside the run."""
     path, values = folder / "config.json", resolved(config)
     old = read_json(path, "give another run.name") if path.exists() else values

@@ -13,7 +13,9 @@ import polars as pl
 
 from rlhf.errors import DataGateError
 from rlhf.evaluation import compare, per_prompt, summarise
+from rlhf.examples import weights_advice
 from rlhf.gates import decide, drift_gate, judge_gates
+from rlhf.labels import select_labels
 from rlhf.protocols import Sampling
 from rlhf.rounds import Round
 from rlhf.selection import check_cold_start, cold_start, select_pairs
@@ -83,7 +85,7 @@ class Stages(WatchStages):
         )
         for line in said(funnel, analysis):
             self.parts.reporter.say(f"{title(round)} {line}")
-        if pairs.is_empty():
+        if pairs.is_empty() and not self.trains_on_labels:
             lost = max(funnel["steps"], key=lambda s: s["lost_prompts"])
             raise DataGateError(
                 f"{title(round)}: no pair is left of {len(prompts)} prompts; most fell at "
@@ -92,13 +94,56 @@ class Stages(WatchStages):
             )
         if warning := check_inversion(analysis, self.config.selection.on_inversion):
             self.parts.reporter.say(f"{title(round)} warning: {warning}")
-        self.parts.trackers.table(
-            index, "pairs", lambda: pair_rows(pairs, self.config.tracking.samples)
-        )
+        if not pairs.is_empty():
+            self.parts.trackers.table(
+                index, "pairs", lambda: pair_rows(pairs, self.config.tracking.samples)
+            )
         return pairs
 
-    def train(self, round: Round, pairs: pl.DataFrame) -> None:
-        """Policy `round.index` from the one before, by way of the cached reference log-probs."""
+    @property
+    def trains_on_labels(self) -> bool:
+        """Whether the objective wants single good and bad answers; pairs then only inform."""
+        return self.config.objective.needs.data == "labels"
+
+    def label(
+        self,
+        round: Round,
+        prompts: Sequence[Prompt],
+        completions: pl.DataFrame,
+        scores: pl.DataFrame,
+    ) -> pl.DataFrame:
+        """Single answers that are good or bad, and their funnel.
+
+        Raises DataGateError unless there are answers of both kinds: of one kind alone, the policy
+        would learn to say everything, or nothing.
+        """
+        about = self.parts.prompt_table(prompts)
+
+        @cache
+        def selected() -> Any:
+            return select_labels(completions, scores, about, self.rules)
+
+        with self.timed(round, "labels") as note:
+            funnel = round.record("labels_funnel", lambda: selected().funnel)
+            labels = round.table("labels", lambda: selected().pairs)
+            note["labels"] = labels.height
+        good = int(labels["good"].sum())
+        bad = labels.height - good
+        self.parts.reporter.say(f"{title(round)} labels: {good} good and {bad} bad answers")
+        for kind, count in (("good", good), ("bad", bad)):
+            if not count:
+                steps = [f"{step['answers']} after {step['step']}" for step in funnel[kind]]
+                raise DataGateError(
+                    f"{title(round)}: no {kind} answer is left of {len(prompts)} prompts "
+                    f"({', '.join(steps)}), and {self.config.objective.name} needs both kinds"
+                )
+        if advice := weights_advice(self.config.objective, good, bad):
+            self.parts.reporter.say(f"{title(round)} {advice}")
+        return labels
+
+    def train(self, round: Round, data: pl.DataFrame) -> None:
+        """Policy `round.index` from the one before, trained on pairs or labels, by way of cached
+        reference log-probs where the objective has a reference."""
         index = round.index
         assert index is not None
         learner, before = self.parts.learner, self.policy(index - 1)
@@ -108,9 +153,13 @@ class Stages(WatchStages):
             return
         self.parts.serving.sleep()
         learner.policy.restore(before)
-        with self.timed(round, "reference_logps"):
-            reference = round.table("reference_logps", lambda: learner.reference_logps(pairs))
-        planned = learner.plan(pairs.height)
+        reference = None
+        if self.config.objective.needs.reference:
+            with self.timed(round, "reference_logps"):
+                reference = round.table(
+                    "reference_logps", lambda: learner.reference_logps(data, index)
+                )
+        planned = learner.plan(data)
         logged = False
 
         def on_step(step: int, values: Mapping[str, float]) -> None:
@@ -118,13 +167,14 @@ class Stages(WatchStages):
             if not logged:
                 self.metrics.rewind(index, "train", after_step=step - 1)
                 logged = True
-            if step % self.config.tracking.log_steps == 0 or step == planned:
+            measured = "validation_loss" in values
+            if measured or step % self.config.tracking.log_steps == 0 or step == planned:
                 self.metrics.log(index, "train", step, values)
             advance(step)
 
         def compute(folder: Path) -> None:
             trained = learner.train(
-                pairs,
+                data,
                 reference,
                 index,
                 round.scratch("trainer"),
@@ -132,7 +182,7 @@ class Stages(WatchStages):
                 self.parts.interrupts.check,
             )
             note.update(asdict(trained))
-            learner.policy.save(folder, model_card(self.config, index, pairs))
+            learner.policy.save(folder, model_card(self.config, index, data))
 
         with (
             self.timed(round, "training", "policy") as note,

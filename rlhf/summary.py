@@ -69,7 +69,7 @@ def write_summary(store: RunStore, config: RunConfig) -> None:
     atomic_write(store.folder / "summary.md", ("\n\n".join(parts) + "\n").encode())
 
 
-def model_card(config: RunConfig, index: int, pairs: pl.DataFrame) -> str:
+def model_card(config: RunConfig, index: int, data: pl.DataFrame) -> str:
     """README.md of a stored policy. The same run gives the same bytes."""
     tuning = {"full": "full fine-tune", "lora": "LoRA adapter", "qlora": "LoRA adapter on NF4"}
     adapted = config.model.tuning != "full"
@@ -81,19 +81,28 @@ def model_card(config: RunConfig, index: int, pairs: pl.DataFrame) -> str:
         "model = AutoModelForCausalLM.from_pretrained(FOLDER)"
     )
     library = "library_name: peft\n" if adapted else "library_name: transformers\n"
-    margin = float(pairs["margin"].to_numpy().mean())
+    objective = config.objective
+    if objective.needs.data == "labels":
+        good = int(data["good"].sum())
+        kind, about = "labels", f"{good} good, {data.height - good} bad"
+        judged = "good"
+    else:
+        margin = float(data["margin"].to_numpy().mean())
+        kind, about = "pairs", f"mean margin {margin:.3f}"
+        judged = "chosen"
+    leash = f"reference {config.rounds.reference}" if objective.needs.reference else "no reference"
     return f"""---
-{library}tags: [pairloop, dpo, on-policy]
+{library}tags: [pairloop, {objective.name}, on-policy]
 ---
 
 # {config.run.name}, round {index}
 
-{tuning[config.model.tuning]} of `{config.model.path}`, trained by pairloop on {pairs.height} pairs
-of the policy's own answers (round {index}, mean margin {margin:.3f}) with
-{config.objective.name.upper()}, beta {config.objective.beta:g}, learning rate
-{config.learning_rate:g}, reference {config.rounds.reference}.
+{tuning[config.model.tuning]} of `{config.model.path}`, trained by pairloop on {data.height} {kind}
+of the policy's own answers (round {index}, {about}) with
+{objective.name.upper()}, beta {objective.beta:g}, learning rate
+{config.learning_rate:g}, {leash}.
 
-Judged on {", ".join(config.judges.dimensions)}; chosen answers met the floors
+Judged on {", ".join(config.judges.dimensions)}; {judged} answers met the floors
 {", ".join(f"{d} {v:g}" for d, v in sorted(config.floors.items())) or "(none)"}.
 What it scored, and whether it was promoted, stands in the run's `summary.md`.
 
@@ -206,6 +215,9 @@ def _one_round(store: RunStore, index: int) -> str:
     if store.round(index).done("selection"):
         explained = yield_analysis.said(funnel, store.round(index).stored("selection"))
         parts.append("\n".join(f"- {line}" for line in explained))
+    if store.round(index).done("labels_funnel"):
+        labels = store.round(index).stored("labels_funnel")
+        parts += ["How completions became good and bad answers, which trained:", _labels(labels)]
     return "\n\n".join(parts)
 
 
@@ -249,6 +261,17 @@ def _canary_row(entry: Mapping[str, Any]) -> Row:
         else "",
         "verdict": worst or ("the same each time" if entry["fixed"] else "first round"),
     }
+
+
+def _labels(funnel: Mapping[str, Any]) -> str:
+    columns = ("step", "answers", "why")
+    return markdown_table(
+        [
+            {"label": kind, **{name: str(step.get(name, "")) for name in columns}}
+            for kind in ("good", "bad")
+            for step in funnel[kind]
+        ]
+    )
 
 
 def _places(status: Mapping[str, Any]) -> str:

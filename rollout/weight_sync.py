@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf.config import RunConfig
 from rlhf.errors import ParityError
 from rlhf.files import atomic_folder, sha256_file
 from rlhf.learner import Learner
@@ -205,7 +206,7 @@ class Serving:
         return Published(version, path, self._kind, weights_sha256(path))
 
     def _sample(self, generator: Generator, version: int) -> list[Completion]:
-        config = self._learner.config
+        config = self._config
         count = config.rollout.parity_completions
         sampling = Sampling(
             1, 1.0, 1.0, min(64, config.rollout.max_new_tokens), config.run.seed + version
@@ -213,8 +214,14 @@ class Serving:
         return generator.generate(self._prompts[:count], sampling)
 
     @property
-    def _tolerance(self) -> float:
+    def _config(self) -> RunConfig:
         config = self._learner.config
+        assert isinstance(config, RunConfig), "offline training serves nothing"
+        return config
+
+    @property
+    def _tolerance(self) -> float:
+        config = self._config
         return config.rollout.parity_tolerance or TOLERANCE[config.model.precision]
 
 

@@ -78,7 +78,7 @@ def run_values(
             "allow_truncated_chosen": True,
             "cold_start": {"min_passing_share": 0.0, "min_spread": 0.0},
         },
-        "learner": {"learning_rate": 0.003, "batch_pairs": 2, "micro_batch_pairs": 2},
+        "learner": {"learning_rate": 0.003, "batch_pairs": 2},
         "rounds": {"count": 2},
         "evaluation": {
             "samples_per_prompt": 2,

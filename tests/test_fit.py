@@ -16,7 +16,7 @@ from rlhf import config_io
 from rlhf.config import RunConfig
 
 DESCRIBED = ("1xT4-16GB", "1xA100-40GB", "1xA100-80GB", "1xH100-80GB")
-LAPTOP = Machine("a laptop", 0, 0, None, 16 * GIB, 3 * GIB)
+LAPTOP = Machine("a laptop", 0, 0, None, 16 * GIB, 2 * GIB)
 
 
 def preset(name: str, **sections: dict[str, Any]) -> RunConfig:
@@ -57,7 +57,7 @@ def test_a_laptop_preset_fits_a_laptop() -> None:
     config = preset("smollm2-cpu", rollout={"engine": "transformers"})
     text = report(config, LAPTOP)
     assert "host       fits: " in text
-    assert "only 3.0 GiB are free now" in text
+    assert "only 2.0 GiB are free now" in text
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_a_laptop_preset_fits_a_laptop() -> None:
         (
             "qwen2.5-7b-instruct-qlora-a100",
             "1xA100-40GB",
-            {"learner": {"micro_batch_pairs": 4}},
-            (("learner.micro_batch_pairs", 1),),
+            {"learner": {"micro_batch_tokens": 8192}},
+            (("learner.micro_batch_tokens", 4096),),
         ),
         (
             "qwen2.5-7b-instruct-qlora-t4",
@@ -85,14 +85,14 @@ def test_a_laptop_preset_fits_a_laptop() -> None:
         (
             "qwen2.5-7b-instruct-qlora-a100",
             "1xA100-40GB",
-            {"prompts": {"max_tokens": 3072}},
+            {"prompts": {"max_tokens": 6144}},
             (("learner.gradient_checkpointing", True),),
         ),
         (
             "smollm2-cpu",
             "1xT4-16GB",
             {
-                "rollout": {"memory_gib": 11.0, "engine": "vllm"},
+                "rollout": {"memory_gib": 12.0, "engine": "vllm"},
                 "placement": {"device": "cpu"},
             },
             (("rollout.memory_gib", 8.0),),
@@ -125,7 +125,7 @@ def test_what_is_proposed_fits_and_no_part_of_it_is_idle(
         return
     if found is None:
         assert "no setting makes it fit" in report(config, described)
-        assert not fits(changed(config, [("learner.micro_batch_pairs", 1)]), described)
+        assert not fits(changed(config, [("learner.micro_batch_tokens", 1)]), described)
         return
     assert fits(changed(config, found), described)
     for change in found:

@@ -27,17 +27,17 @@ KILL_WHEN_THERE = [
     "rounds/0001/scores/part-00000.parquet",
     "rounds/0001/pairs.parquet",
     "rounds/0001/reference_logps.parquet",
-    "rounds/0001/trainer/checkpoint",
+    "rounds/0001/trainer/checkpoints/000001",
     "rounds/0001/policy",
     "rounds/0001/evaluation/scores/part-00002.parquet",
     "rounds/0001/gates.json",
-    "rounds/0002/trainer/checkpoint",
+    "rounds/0002/trainer/checkpoints/000001",
     "final/best/completions/part-00000.parquet",
 ]
 
 
 def write_config(folder: Path, model: Path, name: str) -> Path:
-    steps = {"batch_pairs": 1, "micro_batch_pairs": 1, "epochs": 4, "checkpoint_steps": 1}
+    steps = {"batch_pairs": 1, "epochs": 4, "checkpoint_steps": 1}
     values = run_values(
         folder,
         model,
@@ -123,7 +123,7 @@ def test_no_step_is_logged_twice(whole: Path, tiny_model: Path, tmp_path: Path) 
     config = write_config(tmp_path, tiny_model, "run")
     run = tmp_path / "runs" / "run"
     process = start(config)
-    assert wait_for(run / "rounds/0001/trainer/checkpoint", process)
+    assert wait_for(run / "rounds/0001/trainer/checkpoints/000001", process)
     process.send_signal(signal.SIGTERM)
     status, output = finish(process)
     assert status == 75, output

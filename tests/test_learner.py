@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
@@ -21,16 +22,22 @@ from small_models import VOCABULARY, save_small_model
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import rlhf.checkpoint
 from rlhf.config import RunConfig
 from rlhf.errors import InputError, Interrupted, NonFiniteError
-from rlhf.learner import REFERENCE, Learner, Trained, learning_rate
+from rlhf.examples import PAIR_REFERENCE
+from rlhf.files import write_json
+from rlhf.learner import Learner, Trained
 from rlhf.logprobs import collate, sequence_logps, token_logps
+from rlhf.optimizer import learning_rate
+from rlhf.packing import TokenPair
 from rlhf.policy import Policy
 from rlhf.types import Completion, pairs_schema
 
 END = 2
 METRICS = {
     "loss",
+    "preferred",
     "accuracy",
     "logratio_chosen",
     "logratio_rejected",
@@ -57,7 +64,7 @@ def config_for(folder: Path, **sections: dict[str, Any]) -> RunConfig:
             "judges": {"panel": [{"name": "j", "function": "m:f", "dimensions": ["correctness"]}]},
             "learner": {
                 "batch_pairs": 8,
-                "micro_batch_pairs": 4,
+                "micro_batch_tokens": 64,
                 "learning_rate": 1e-3,
                 "schedule": "constant",
                 "warmup_share": 0.0,
@@ -139,7 +146,7 @@ def train(
 ) -> tuple[Trained, Log]:
     log = Log(learner)
     if reference is None:
-        reference = learner.reference_logps(pairs)
+        reference = learner.reference_logps(pairs, round_index)
     return learner.train(pairs, reference, round_index, state, log, check), log
 
 
@@ -184,18 +191,18 @@ def test_micro_batches_leave_the_step_as_it_is_in_float64(
     small_model: Path, tmp_path: Path, tuning: str
 ) -> None:
     pairs, reference, found = make_pairs(8), None, []
-    # 3 + 3 + 2 too: a mean of micro-batch means would weigh the last pairs more.
-    for size in (8, 4, 3, 1):
+    # Unequal ones too: a mean of micro-batch means would weigh some pairs more.
+    for size in (1000, 60, 40, 1):
         learner = make_learner(
             config_for(
                 small_model,
                 model={"tuning": tuning},
-                learner={"micro_batch_pairs": size, "max_grad_norm": 1e9},
+                learner={"micro_batch_tokens": size, "max_grad_norm": 1e9},
             )
         )
         learner.policy.model.double()
         if reference is None:
-            reference = learner.reference_logps(pairs)
+            reference = learner.reference_logps(pairs, 1)
         found.append(first_gradients(learner, pairs, tmp_path / str(size), reference))
     (whole, loss), *cut = found
     assert whole.dtype is torch.float64 and whole.norm() > 1e-2
@@ -211,9 +218,9 @@ def test_micro_batches_leave_the_step_as_it_is_in_fp32(
 ) -> None:
     pairs = make_pairs(8)
     found = []
-    for size in (8, 4, 1):
+    for size in (1000, 60, 1):
         config = config_for(
-            small_model, model={"tuning": tuning}, learner={"micro_batch_pairs": size}
+            small_model, model={"tuning": tuning}, learner={"micro_batch_tokens": size}
         )
         found.append(first_gradients(make_learner(config), pairs, tmp_path / str(size)))
     (whole, loss), *cut = found
@@ -269,7 +276,7 @@ def test_every_tuning_and_precision_lowers_the_loss(
 
 
 def test_metrics_are_those_of_the_whole_step(small_model: Path, tmp_path: Path) -> None:
-    config = config_for(small_model, learner={"micro_batch_pairs": 3})
+    config = config_for(small_model, learner={"micro_batch_tokens": 50})
     learner = moved(make_learner(config))
     pairs = make_pairs(8)
     policy = sums(learner, pairs)
@@ -313,8 +320,8 @@ def test_reference_logps_are_those_of_the_reference(small_model: Path, kind: str
     learner = moved(make_learner(config))
     learner.policy.model.train()
     before, pairs = trained(learner), make_pairs(7)
-    table = learner.reference_logps(pairs)
-    assert table.schema == REFERENCE
+    table = learner.reference_logps(pairs, 1)
+    assert table.schema == PAIR_REFERENCE
     assert same(trained(learner), before)
     with learner.policy.reference(kind):
         expected = sums(learner, pairs)
@@ -328,7 +335,7 @@ def test_reference_logps_are_joined_by_pair_not_by_row(small_model: Path, tmp_pa
     pairs, weights = make_pairs(8), []
     for shuffled in (False, True):
         learner = moved(make_learner(config_for(small_model)))
-        reference = learner.reference_logps(pairs)
+        reference = learner.reference_logps(pairs, 1)
         if shuffled:
             reference = reference.sample(fraction=1, shuffle=True, seed=1)
         state = tmp_path / str(shuffled)
@@ -354,21 +361,21 @@ def test_logps_come_back_in_the_order_of_the_completions(small_model: Path) -> N
 def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
     small_model: Path, tmp_path: Path
 ) -> None:
-    config = config_for(
-        small_model, learner={"epochs": 2, "batch_pairs": 3, "micro_batch_pairs": 3}
-    )
+    config = config_for(small_model, learner={"epochs": 2, "batch_pairs": 3})
     learner, pairs = make_learner(config), make_pairs(8)
-    reference = learner.reference_logps(pairs)
+    reference = learner.reference_logps(pairs, 1)
     seen: list[list[tuple[int, ...]]] = []
 
-    def note(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
-        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-        rows = [tuple(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)]
-        seen.append(rows[: len(rows) // 2])
+    score = learner.sequence_logps
 
-    learner.policy.model.register_forward_pre_hook(note, with_kwargs=True)
+    def note(model: torch.nn.Module, sequences: Sequence[TokenPair]) -> Tensor:
+        chosen = sequences[: len(sequences) // 2]
+        seen.append([(*prompt, *completion) for prompt, completion in chosen])
+        return score(model, sequences)
+
+    learner.sequence_logps = note  # type: ignore[method-assign]
     result, log = train(learner, pairs, tmp_path, reference=reference)
-    assert result.planned_steps == learner.plan(8) == 6 and log.steps == [1, 2, 3, 4, 5, 6]
+    assert result.planned_steps == learner.plan(pairs) == 6 and log.steps == [1, 2, 3, 4, 5, 6]
     assert [len(rows) for rows in seen] == [3, 3, 2, 3, 3, 2]
     epochs = [list(chain(*seen[:3])), list(chain(*seen[3:]))]
     expected = sorted(
@@ -431,7 +438,7 @@ def train_breaking(
     learner: Learner, pairs: pl.DataFrame, state: Path, steps: set[int], what: str
 ) -> tuple[Trained | NonFiniteError, Log]:
     log = Log(learner)
-    reference = learner.reference_logps(pairs)
+    reference = learner.reference_logps(pairs, 1)
     breaks_at(learner, lambda: len(log.steps), steps, what)
     try:
         return learner.train(pairs, reference, 1, state, log, never), log
@@ -453,11 +460,12 @@ def test_a_non_finite_loss_or_gradient_never_reaches_the_weights(
     assert str(error).startswith("step 3: loss ") and "not touched" in str(error)
     assert log.steps == [1, 2] and not same(log.weights[0], log.weights[1])
     assert same(trained(learner), log.weights[1])
-    assert not (tmp_path / "checkpoint").exists()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def scales(state: Path) -> float:
-    kept = torch.load(state / "checkpoint" / "state.pt", weights_only=True)
+    newest = max((state / "checkpoints").iterdir())
+    kept = torch.load(newest / "state.pt", weights_only=True)
     return float(kept["scaler"]["scale"])
 
 
@@ -480,7 +488,7 @@ def test_an_fp16_overflow_skips_its_step_and_halves_the_scale(
         if len(log.steps) > 1:
             found.append(scales(tmp_path))
 
-    reference = learner.reference_logps(make_pairs(6))
+    reference = learner.reference_logps(make_pairs(6), 1)
     breaks_at(learner, lambda: len(log.steps), {1, 3, 5}, what)
     result = learner.train(make_pairs(6), reference, 1, tmp_path, log, check)
     # Three misses, none two in a row.
@@ -514,8 +522,10 @@ def test_a_first_loss_that_is_not_ln_2_stops_before_any_update(
 ) -> None:
     learner, pairs = make_learner(config_for(small_model)), make_pairs(8)
     before = trained(learner)
-    wrong = learner.reference_logps(pairs).with_columns(pl.col("reference_chosen") + 0.5)
-    with pytest.raises(NonFiniteError, match=r"round 1: the first step's DPO loss is 0\.7.*ln 2"):
+    wrong = learner.reference_logps(pairs, 1).with_columns(pl.col("reference_chosen") + 0.5)
+    with pytest.raises(
+        NonFiniteError, match=r"round 1: the first step's dpo loss is 0\.7.*0\.6931"
+    ):
         train(learner, pairs, tmp_path, reference=wrong)
     assert same(trained(learner), before)
 
@@ -542,7 +552,7 @@ def resumable(small_model: Path, **learner: Any) -> RunConfig:
     return config_for(
         small_model,
         lora={"dropout": 0.1},
-        learner={"batch_pairs": 3, "micro_batch_pairs": 2, "epochs": 2, **learner},
+        learner={"batch_pairs": 3, "micro_batch_tokens": 32, "epochs": 2, **learner},
     )
 
 
@@ -559,7 +569,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     learner, pairs = make_learner(resumable(small_model)), make_pairs(6)
-    reference = learner.reference_logps(pairs)
+    reference = learner.reference_logps(pairs, 1)
     result, log = train(
         learner, pairs, tmp_path_factory.mktemp("whole"), round_index=3, reference=reference
     )
@@ -646,7 +656,7 @@ def test_a_checkpoint_that_was_touched_is_refused(
         raise Interrupted("stopped")
 
     learner = make_learner(resumable(small_model))
-    folder = tmp_path / "checkpoint"
+    folder = tmp_path / "checkpoints" / "000001"
 
     def go(check: Callable[[], None]) -> None:
         train(learner, whole.pairs, tmp_path, check=check, reference=whole.reference)
@@ -658,12 +668,12 @@ def test_a_checkpoint_that_was_touched_is_refused(
     for name in ("trained.safetensors", "state.pt"):
         for damage in (flip, Path.unlink):
             damage(folder / name)
-            with pytest.raises(InputError, match=rf"{name}: its SHA-256 is .* remove .*checkpoint"):
+            with pytest.raises(InputError, match=rf"{name}: its SHA-256 is .* remove .*000001"):
                 go(never)
             (folder / name).write_bytes(files[folder / name])
     meta = folder / "checkpoint.json"
     meta.write_bytes(files[meta][:20])
-    with pytest.raises(InputError, match=r"checkpoint\.json must be JSON.*remove .*checkpoint"):
+    with pytest.raises(InputError, match=r"checkpoint\.json must be JSON.*remove .*000001"):
         go(never)
     assert same(trained(learner), before)
 
@@ -673,10 +683,65 @@ def test_a_checkpoint_names_its_step_and_hashes(
 ) -> None:
     config = resumable(small_model, checkpoint_steps=3)
     train(make_learner(config), whole.pairs, tmp_path, round_index=3, reference=whole.reference)
-    meta = json.loads((tmp_path / "checkpoint" / "checkpoint.json").read_text())
+    meta = json.loads((tmp_path / "checkpoints/000003/checkpoint.json").read_text())
     assert meta["step"] == 3 and meta["skipped"] == 0
     assert meta["first_loss"] == whole.result.first_loss
     assert meta["sha256"].keys() == {"trained.safetensors", "state.pt"}
+
+
+def kept_steps(state: Path) -> list[str]:
+    return sorted(path.name for path in (state / "checkpoints").iterdir())
+
+
+def test_the_last_two_checkpoints_are_kept_and_the_older_one_serves_alone(
+    small_model: Path, tmp_path: Path, whole: Whole
+) -> None:
+    config = resumable(small_model, checkpoint_steps=1)
+
+    def go() -> tuple[Trained, Log]:
+        return train(
+            make_learner(config),
+            whole.pairs,
+            tmp_path,
+            round_index=3,
+            reference=whole.reference,
+        )
+
+    go()
+    assert kept_steps(tmp_path) == ["000002", "000003"]
+    newest = tmp_path / "checkpoints/000003/state.pt"
+    flip(newest)
+    with pytest.raises(InputError, match=r"remove .*000003 to go on from step 2"):
+        go()
+    shutil.rmtree(newest.parent)
+    result, log = go()
+    assert log.steps == [3, 4] and result == whole.result
+    assert same(trained(log.learner), whole.log.weights[-1])
+
+
+def test_a_checkpoint_that_can_not_be_written_costs_none_of_the_others(
+    small_model: Path, tmp_path: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = 0
+
+    def fail_at_third(path: Path, value: Any) -> None:
+        nonlocal written
+        written += 1
+        assert len(kept_steps(tmp_path)) == written, "pruned before the new one is whole"
+        if written == 3:
+            raise OSError("the disk is gone")
+        write_json(path, value)
+
+    monkeypatch.setattr(rlhf.checkpoint, "write_json", fail_at_third)
+    with pytest.raises(OSError, match="gone"):
+        train(
+            make_learner(resumable(small_model, checkpoint_steps=1)),
+            whole.pairs,
+            tmp_path,
+            round_index=3,
+            reference=whole.reference,
+        )
+    assert kept_steps(tmp_path) == ["000001", "000002"]
 
 
 def test_learning_rates_written_out() -> None:
@@ -729,5 +794,5 @@ def test_rates_reach_the_optimizer(small_model: Path, tmp_path: Path) -> None:
 def test_planned_steps(small_model: Path, pairs: int, batch: int, epochs: int, steps: int) -> None:
     config = config_for(small_model, learner={"batch_pairs": batch, "epochs": epochs})
     learner = Learner.__new__(Learner)
-    learner.settings = config.learner
-    assert learner.plan(pairs) == steps
+    learner.config, learner.settings = config, config.learner
+    assert learner.plan(make_pairs(9).head(pairs)) == steps

@@ -112,10 +112,11 @@ def test_only_completion_tokens_are_targets(sequences: Sequences) -> None:
     batch = collate(sequences, PAD, "cpu")
     assert batch.targets_N.tolist() == [t for _, completion in sequences for t in completion]
     # Position i predicts token i + 1: the tokens after the marked positions are the targets.
-    after_BT = batch.input_ids_BT.roll(-1, dims=1)
-    assert after_BT[batch.predicts_BT].tolist() == batch.targets_N.tolist()
+    after = batch.input_ids_BT.roll(-1, dims=1).flatten()
+    assert after[batch.at_N].tolist() == batch.targets_N.tolist()
+    length = batch.input_ids_BT.shape[1]
     for row, (prompt, completion) in enumerate(sequences):
-        marked = batch.predicts_BT[row].nonzero().flatten().tolist()
+        marked = (batch.at_N[batch.sequences_N == row] - row * length).tolist()
         assert marked == list(range(len(prompt) - 1, len(prompt) + len(completion) - 1))
         assert batch.attention_mask_BT[row].sum() == len(prompt) + len(completion)
         kept = batch.input_ids_BT[row][batch.attention_mask_BT[row].bool()].tolist()
@@ -189,7 +190,7 @@ def test_half_precision_logits_are_normalised_in_float32(model: Any) -> None:
         logps_N = token_logps(half, batch)
         # The same hidden states and head in bf16, widened before the softmax.
         logits_BTV = half(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
-    expected_NV = logits_BTV[batch.predicts_BT].float().log_softmax(-1)
+    expected_NV = logits_BTV.flatten(0, 1)[batch.at_N].float().log_softmax(-1)
     assert logps_N.dtype is torch.float32
     torch.testing.assert_close(logps_N, expected_NV.gather(1, batch.targets_N[:, None])[:, 0])
 

@@ -23,8 +23,9 @@ from launch.placement import Plan, place_on
 from rlhf import config_io
 from rlhf.config import RunConfig
 from rlhf.config_learner import Model
-from rlhf.logprobs import collate, sequence_logps, token_logps
+from rlhf.logprobs import collate_shared, sequence_logps, token_logps
 from rlhf.policy import Policy
+from rlhf.scoring import Scorer
 
 QWEN = Architecture.read(KNOWN["Qwen/Qwen2.5-7B-Instruct"], "")
 
@@ -59,17 +60,16 @@ def test_a_7b_qlora_on_a_t4_by_hand() -> None:
     MLP's three; 90,112 a layer, x 16 x 28 = 40,370,176 weights: 161,480,704 bytes in fp32, as much
     for gradients, twice that for AdamW, half of it for fp16 copies.
 
-    A micro-batch of one pair at 448 + 192 tokens: 2 x 640 = 1280 tokens. With checkpointing each
-    of 28 layers keeps its fp16 input: 28 x 1280 x 3584 x 2 = 256,901,120. Logits: 12 bytes x 384
-    predicted tokens x 152,064 = 700,710,912.
+    A micro-batch is one pair at 448 + 2 x 192 = 832 tokens. With checkpointing each of 28 layers
+    keeps its fp16 input: 28 x 832 x 3584 x 2 = 166,985,728.
 
     One layer, done again in backward, keeps a token's 8 x 3584 + 8 in the norms, 2 x 2 x 3584 of
     the adapters' inputs, 4 x 2 x 18944 in the MLP, 7 x 2 x 16 behind the adapters' first matrices,
-    4 x 2 x 3584 + 4 x 28 + 2 x 640 in attention: 28,680 + 14,336 + 151,552 + 224 + 30,064 = 224,856
-    bytes, for 1280 tokens 287,815,680. Its backward adds 8 x 18944 x 1280 = 193,986,560, and a
-    dequantised matrix 2 x 3584 x 18944 = 135,790,592. Sum 617,592,832: less than the logits. With
-    448 + 128 tokens it is more: 224,728 x 1152 + 8 x 18944 x 1152 + 135,790,592 = 569,265,152
-    against 12 x 256 x 152,064 = 467,140,608.
+    4 x 2 x 3584 + 4 x 28 in attention: 28,680 + 14,336 + 151,552 + 224 + 28,784 = 223,576 bytes,
+    for 832 tokens 186,015,232. Its backward adds 8 x 18944 x 832 = 126,091,264, and a dequantised
+    matrix 2 x 3584 x 18944 = 135,790,592. Sum 447,897,088: more than a chunk of the head, of which
+    64 MiB in fp32 hold 67,108,864 / (4 x 152,064) = 110 tokens, 12 x 110 x 152,064 = 200,724,480.
+    With a chunk's worth of tokens the head is more.
     """
     found = on(preset("qwen2.5-7b-instruct-qlora-t4"), "1xT4-16GB")
     assert size(found, "learner", "weights") == 5_546_851_072
@@ -77,12 +77,17 @@ def test_a_7b_qlora_on_a_t4_by_hand() -> None:
     assert size(found, "learner", "gradients") == 161_480_704
     assert size(found, "learner", "AdamW") == 322_961_408
     assert size(found, "learner", "autocast copies") == 80_740_352
-    assert size(found, "learner", "activations") == 256_901_120
-    assert size(found, "learner", "logits") == 700_710_912
-    shorter = preset("qwen2.5-7b-instruct-qlora-t4", rollout={"max_new_tokens": 128})
-    held = learning(shorter, QWEN, on_gpu=True)
-    assert held.a_token == 224_728
-    assert held.turn == 569_265_152
+    assert size(found, "learner", "activations") == 166_985_728
+    assert size(found, "learner", "backward") == 447_897_088
+    short = preset(
+        "qwen2.5-7b-instruct-qlora-t4",
+        prompts={"max_tokens": 78},
+        rollout={"max_new_tokens": 16},
+        learner={"micro_batch_tokens": 110},
+    )
+    held = learning(short, QWEN, on_gpu=True)
+    assert held.a_token == 223_576
+    assert held.turn == 200_724_480
 
 
 def test_vllm_on_a_t4_by_hand() -> None:
@@ -113,21 +118,20 @@ def test_vllm_on_a_t4_by_hand() -> None:
 def test_the_peak_of_a_t4_by_hand() -> None:
     """Nothing is on the card twice: while vLLM is awake the learner has weights and adapter only.
 
-    publish: context + weights 5,546,851,072 + adapter 161,480,704 + vLLM's share + the learner's
-    score of 2 x 64 probe tokens, 10 x 128 x 152,064 = 194,641,920 + vLLM's own, 7 x 512 x 152,064 =
-    544,997,376.
+    publish: context + weights 5,546,851,072 + adapter 161,480,704 + vLLM's share + a chunk of the
+    learner's head, 10 x 110 x 152,064 = 167,270,400 + vLLM's own, 7 x 512 x 152,064 = 544,997,376.
     train: context + weights + adapter + gradients 161,480,704 + AdamW 322,961,408 + copies
-    80,740,352 + activations 256,901,120 + logits 700,710,912 + what vLLM leaves.
+    80,740,352 + activations 166,985,728 + a layer's backward 447,897,088 + what vLLM leaves.
     """
     found = on(preset("qwen2.5-7b-instruct-qlora-t4"), "1xT4-16GB")
     resident = ASSUMED.context + 5_546_851_072 + 161_480_704
     share = 7_504_166_859
     assert found.at("generate", host=False) == resident + share
-    assert found.at("publish", host=False) == resident + share + 194_641_920 + 544_997_376
+    assert found.at("publish", host=False) == resident + share + 167_270_400 + 544_997_376
     assert found.at("train", host=False) == (
         resident
         + ASSUMED.graphs
-        + (161_480_704 + 322_961_408 + 80_740_352 + 256_901_120 + 700_710_912)
+        + (161_480_704 + 322_961_408 + 80_740_352 + 166_985_728 + 447_897_088)
     )
     assert found.peak(host=False) == ("publish", found.at("publish", host=False))
 
@@ -138,7 +142,7 @@ def test_an_8b_lora_by_hand(machine: str) -> None:
 
     Adapter, rank 16: in + out 8192 for q and o, 5120 for k and v, 18432 for each of the MLP's
     three, 81,920 a layer x 16 x 32 = 41,943,040 weights.
-    Checkpointed, two pairs of 1024 + 512 tokens: 32 x 6144 x 4096 x 2 = 1,610,612,736.
+    Checkpointed, two pairs of 1024 + 2 x 512 tokens: 32 x 4096 x 4096 x 2 = 1,073,741,824.
     vLLM reads 8,192 tokens a step on an A100 of either size, 16,384 on an H100; a token takes
     2 x (3 x 14336 + 4 x 4096 + 2 x 4096) = 135,168 bytes, and 64 rows of logits
     64 x 128,256 x 14 = 114,917,376.
@@ -146,7 +150,7 @@ def test_an_8b_lora_by_hand(machine: str) -> None:
     found = on(preset("llama-3.1-8b-instruct-lora-a100"), machine)
     assert size(found, "learner", "weights") == 16_060_522_496
     assert size(found, "learner", "adapter") == 4 * 41_943_040
-    assert size(found, "learner", "activations") == 1_610_612_736
+    assert size(found, "learner", "activations") == 1_073_741_824
     tokens = 16384 if "H100" in machine else 8192
     budget = round(0.5 * parse(machine).gpu)
     used = 16_060_522_496 + 2 * 41_943_040 + tokens * 135_168 + 114_917_376 + ASSUMED.graphs
@@ -181,21 +185,28 @@ def test_full_tuning_holds_sixteen_bytes_a_weight_and_the_start_once() -> None:
 
 def test_what_needs_less_is_said_to_need_less() -> None:
     """Each of these settings is a way out of a full memory, so each must lower the learner's."""
-    base = preset("qwen2.5-7b-instruct-qlora-a100", learner={"micro_batch_pairs": 2})
+    base = preset("qwen2.5-7b-instruct-qlora-a100", learner={"micro_batch_tokens": 4096})
 
     def train(config: RunConfig) -> int:
         held = learning(config, QWEN, on_gpu=True)
         return held.base + held.casts + 16 * held.trained + held.activations + held.turn
 
     for section, change in (
-        ("learner", {"micro_batch_pairs": 1}),
+        ("learner", {"micro_batch_tokens": 2048}),
         ("learner", {"gradient_checkpointing": True}),
-        ("prompts", {"max_tokens": 512}),
-        ("rollout", {"max_new_tokens": 256}),
     ):
         values = base.model_dump()
         values[section] |= change
         assert train(RunConfig.model_validate(values)) < train(base), change
+    # One pair at a time: there its length counts.
+    single = preset("qwen2.5-7b-instruct-qlora-a100", learner={"micro_batch_tokens": 1})
+    for section, change in (
+        ("prompts", {"max_tokens": 512}),
+        ("rollout", {"max_new_tokens": 256}),
+    ):
+        values = single.model_dump()
+        values[section] |= change
+        assert train(RunConfig.model_validate(values)) < train(single), change
     lora = preset("qwen2.5-7b-instruct-qlora-a100", model={"tuning": "lora"})
     assert train(base) < train(lora) + 2 * QWEN.linear
     assert learning(base, QWEN, True).base < learning(lora, QWEN, True).base
@@ -215,15 +226,18 @@ def kept() -> Iterator[dict[int, torch.Tensor]]:
 
 
 def bytes_kept(model: Model) -> int:
-    """What a forward pass over two padded pairs keeps, the weights themselves aside."""
+    """What a forward pass over two pairs keeps, the weights themselves aside."""
     policy = Policy(model, model.path, "cpu", seed=0)
     policy.model.train()
-    rows = [([5] * 24, [6] * 8), ([5] * 24, [7] * 8), ([5] * 24, [8] * 8), ([5] * 24, [9] * 7)]
-    batch = collate(rows, policy.pad_id, "cpu")
+    rows = [([5] * 24, [6] * 9), ([5] * 24, [7] * 9), ([6] * 24, [8] * 9), ([6] * 24, [9] * 8)]
+    ways = Scorer(policy, 0, "stop", print).ways
+    assert ways.masking is not None and ways.tail is not None
+    batch = collate_shared(rows, policy.pad_id, "cpu")
+    assert batch.input_ids_BT.shape == (2, 40)
     own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     own |= {b.untyped_storage().data_ptr() for b in policy.model.buffers()}
     with kept() as storages, policy.autocast():
-        sums = sequence_logps(token_logps(policy.model, batch), batch)
+        sums = sequence_logps(token_logps(policy.model, batch, ways=ways), batch)
     found = sum(t.untyped_storage().nbytes() for ptr, t in storages.items() if ptr not in own)
     assert sums.requires_grad
     return found
@@ -250,7 +264,7 @@ def test_a_layer_keeps_what_the_formula_says(
         path = save_small_model(tmp_path / str(layers), layers=layers, key_heads=key_heads)
         values = {"path": str(path), "tuning": tuning, "precision": precision}
         model = Model.model_validate(values)
-        held = Learning(find(model.path), model, 4, 24, 8, checkpointing=False, on_gpu=False)
+        held = Learning(find(model.path), model, 80, 24, 8, checkpointing=False, on_gpu=False)
         measured.append(bytes_kept(model))
         expected.append(held.activations + held.casts)
     assert measured[1] - measured[0] == pytest.approx(expected[1] - expected[0], rel=0.001)

@@ -183,7 +183,7 @@ def config_with(folder: Path, model: Path, seconds: float, **sections: Any) -> P
 def test_a_live_display_shows_the_run_and_nothing_tears_it(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    steps = {"learning_rate": 0.003, "batch_pairs": 1, "micro_batch_pairs": 1, "epochs": 8}
+    steps = {"learning_rate": 0.003, "batch_pairs": 1, "epochs": 8}
     config = config_with(tmp_path, tiny_model, seconds=0.01, learner=steps)
     with Session(["train", str(config)], ROOT) as session:
         seen = list(session.frames())

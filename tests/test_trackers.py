@@ -262,7 +262,7 @@ def test_model_text_reaches_tensorboard_as_it_stands(text: str) -> None:
 
 
 def write_config(folder: Path, model: Path) -> Path:
-    steps = {"learning_rate": 0.003, "batch_pairs": 1, "micro_batch_pairs": 1, "epochs": 4}
+    steps = {"learning_rate": 0.003, "batch_pairs": 1, "epochs": 4}
     values = run_values(
         folder,
         model,

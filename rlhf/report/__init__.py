@@ -101,16 +101,17 @@ def _facts(
 
 
 def _settings(run: RunView) -> list[tuple[str, str]]:
-    config = run.config
+    config, objective = run.config, run.config.objective
+    leashed = objective.needs.reference
 
     def said(values: dict[str, float]) -> str:
         return ", ".join(f"{name} {value:g}" for name, value in values.items()) or "none"
 
     return [
         ("Model", f"{config.model.path} ({config.model.tuning}, {config.model.precision})"),
-        ("Objective", f"{config.objective.name}, beta {config.objective.beta:g}"),
+        ("Objective", f"{objective.name}, beta {objective.beta:g}, on {objective.needs.data}"),
         ("Learning rate", f"{config.learning_rate:g}"),
-        ("Reference", config.rounds.reference.replace("_", " ")),
+        ("Reference", config.rounds.reference.replace("_", " ") if leashed else "none"),
         ("Answers a prompt", str(config.rollout.samples_per_prompt)),
         ("Judges", ", ".join(judge.name for judge in config.judges.panel)),
         ("Audit judges", ", ".join(judge.name for judge in config.judges.audit) or "none"),

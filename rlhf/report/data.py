@@ -20,7 +20,10 @@ from rlhf.run_view import RoundView, RunView
 from rlhf.statistics import standard_error
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-CURVES = ("loss", "accuracy", "margin", "logratio_chosen", "logratio_rejected", "grad_norm")
+CURVES = (
+    "loss", "accuracy", "margin", "logratio_chosen", "logratio_rejected", "logratio_good",
+    "logratio_bad", "kl_baseline", "nll", "grad_norm",
+)  # fmt: skip
 CURVE_POINTS = 240
 
 
@@ -280,7 +283,9 @@ def skipped_steps(metrics: Sequence[Mapping[str, Any]]) -> int:
 def timing(run: RunView, metrics: Sequence[Mapping[str, Any]], trained: Sequence[Pairs]) -> Timing:
     """Seconds and tokens of each stage, in the order they were first met."""
     epochs = run.config.learner.epochs
-    passes = {p.round: p.trained_tokens for p in trained}
+    # Where labels train, the pairs only inform.
+    on_pairs = run.config.objective.needs.data == "pairs"
+    passes = {p.round: p.trained_tokens for p in trained} if on_pairs else {}
     seconds: dict[str, dict[int | None, float]] = {}
     tokens: dict[str, int] = {}
     loop: float | None = None

@@ -14,7 +14,7 @@ from rlhf.report.drawing import DOWN, INK, UP
 from rlhf.report.selection import explained
 from rlhf.report.tables import (
     comparison_row,
-    curve_row,
+    curve_rows,
     duration,
     gap_row,
     gate_row,
@@ -33,6 +33,7 @@ STAGES = {
     "completions": "sample answers",
     "scores": "score answers",
     "pairs": "select pairs",
+    "labels": "label answers",
     "reference_logps": "reference log-probs",
     "training": "train",
     "evaluation/completions": "gate split: sample",
@@ -166,11 +167,14 @@ def training(
     plots, tables = [], []
     if rows:
         ratios = {"logratio_chosen": UP, "logratio_rejected": DOWN}
+        of_labels = {"logratio_good": UP, "logratio_bad": DOWN}
         panels = [
-            ("Loss", {"loss": INK}, "mean over pairs"),
-            ("Accuracy", {"accuracy": INK}, "share of pairs that prefer chosen"),
-            ("Margin", {"margin": INK}, "beta × (chosen - rejected log-ratio)"),
+            ("Loss", {"loss": INK}, "mean over the examples of a step"),
+            ("Accuracy", {"accuracy": INK}, "share of examples that it gets right"),
+            ("Margin", {"margin": INK}, "beta × what tells chosen from rejected"),
             ("Log-ratios", ratios, "nats a sequence; solid chosen, dashed rejected"),
+            ("Log-ratios", of_labels, "nats a sequence; solid good, dashed bad answers"),
+            ("NLL", {"nll": INK}, "of the SFT term, nats"),
             ("Gradient norm", {"grad_norm": INK}, "L2, before clipping"),
         ]
         plots = [
@@ -179,7 +183,7 @@ def training(
             if any(row[name] is not None for row in rows for name in series)
         ]
         of = "each step" if size == 1 else f"means of {size} steps"
-        tables.append(table(f"Training curves, {of}", [curve_row(row) for row in rows]))
+        tables.append(table(f"Training curves, {of}", curve_rows(rows)))
     if kl:
         label = "KL to the start by round"
         note = "nats a sequence, by round" + ("" if max_kl is None else "; dashed: the limit")

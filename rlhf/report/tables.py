@@ -120,12 +120,19 @@ def gap_row(name: str, found: Pairs, point: Point) -> dict[str, str]:
     }
 
 
-def curve_row(row: Mapping[str, Any]) -> dict[str, str]:
-    shown = {"logratio_chosen": "log-ratio chosen", "logratio_rejected": "log-ratio rejected"}
-    return {"round": str(row["round"]), "step": str(row["step"])} | {
-        shown.get(name, name.replace("_", " ")): "" if row[name] is None else f"{row[name]:.4g}"
-        for name in data.CURVES
-    }
+def curve_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Only what the objective measures gets a column."""
+    known = [n for n in data.CURVES if any(row[n] is not None for row in rows)]
+    return [
+        {"round": str(row["round"]), "step": str(row["step"])}
+        | {
+            name.replace("logratio", "log-ratio").replace("_", " "): ""
+            if row[name] is None
+            else f"{row[name]:.4g}"
+            for name in known
+        }
+        for row in rows
+    ]
 
 
 def kl_row(point: Point) -> dict[str, str]:

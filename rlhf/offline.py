@@ -1,0 +1,325 @@
+"""Training on a preference file: what of it trains, what it did to the policy, and advice.
+
+The file's records become a table as selection makes one, so the learner, its objectives and its
+checkpoints are those of the loop. One round, stored as `rounds/0001`; `stats.json` says how each
+epoch did on held-out clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from rlhf.config_objective import Objective
+from rlhf.config_offline import Data, OfflineConfig
+from rlhf.errors import DataGateError, InputError
+from rlhf.examples import check_fits
+from rlhf.files import atomic_folder, write_json
+from rlhf.learner import Learner
+from rlhf.metrics import Metrics
+from rlhf.pair_formats import Preferences, read_preferences
+from rlhf.protocols import Reporter
+from rlhf.rounds import RunStore
+
+Encode = Callable[[Sequence[Any]], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """How text becomes ids: a prompt by the chat template, an answer by itself, and its end."""
+
+    prompt: Encode
+    answer: Callable[[str], list[int]]
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a training is wired to; `launch` builds it."""
+
+    learner: Learner
+    tokens: Tokens
+    reporter: Reporter
+    check: Callable[[], None]
+    """Raises Interrupted at a safe point after a signal."""
+
+
+def run(config: OfflineConfig, store: RunStore, parts: Parts) -> dict[str, Any]:
+    """Train on the file, or go on with it; what `stats.json` then holds.
+
+    Raises InputError where the file doesn't fit, DataGateError where too little of it is usable,
+    NonFiniteError before a broken update, Interrupted at a safe point after a signal.
+    """
+    store.status("running")
+    round, learner = store.round(1), parts.learner
+
+    @cache
+    def read() -> tuple[pl.DataFrame, dict[str, int]]:
+        return read_examples(config.data, config.objective, parts.tokens)
+
+    counts = round.record("data", lambda: read()[1])
+    table = round.table("examples", lambda: read()[0])
+    dropped = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "records")
+    parts.reporter.say(f"data: {counts['records']} records of {config.data.path}: {dropped}")
+    reference = None
+    if config.objective.needs.reference:
+        parts.reporter.stage("reference log-probs")
+        reference = round.table("reference_logps", lambda: learner.reference_logps(table, 1))
+
+    def start() -> dict[str, float]:
+        _, held = learner.steps(table, reference, 1)
+        assert held is not None, "offline training holds clusters out"
+        return learner.measure(learner.policy.model, held)
+
+    before = round.record("start", start)
+    metrics = Metrics(store.folder / "metrics.jsonl")
+    if not round.done("policy"):
+        _train(config, store, parts, table, reference)
+    round.drop("trainer")
+    stats = round.record("stats", lambda: _stats(config, counts, before, metrics.read()))
+    write_json(store.folder / "stats.json", stats)
+    best = stats["epochs"][stats["best_epoch"] - 1]
+    reason = f"epoch {stats['best_epoch']} of {len(stats['epochs'])} was best"
+    parts.reporter.say(
+        f"held out: loss {before['loss']:.4f} -> {best['validation_loss']:.4f}, accuracy "
+        f"{best['validation_accuracy']:.3f}; {reason}"
+    )
+    for line in stats["advice"]:
+        parts.reporter.say(f"advice: {line}")
+    store.status("done", reason=reason, best_round=1, promoted=[1])
+    return stats
+
+
+def _train(
+    config: OfflineConfig,
+    store: RunStore,
+    parts: Parts,
+    table: pl.DataFrame,
+    reference: pl.DataFrame | None,
+) -> None:
+    round, learner = store.round(1), parts.learner
+    metrics, planned, resumed = Metrics(store.folder / "metrics.jsonl"), learner.plan(table), False
+    each = planned // config.learner.epochs
+
+    def on_step(step: int, values: dict[str, float]) -> None:
+        nonlocal resumed
+        if not resumed:
+            metrics.rewind(1, "train", after_step=step - 1)
+            resumed = True
+        metrics.log(1, "train", step, values)
+        parts.reporter.metrics("train", values)
+        if step % each == 0:
+            with atomic_folder(store.folder / "epochs" / f"{step // each:02d}") as folder:
+                learner.policy.save(folder, _card(config, f"epoch {step // each}"))
+        advance(step)
+
+    def compute(folder: Path) -> None:
+        scratch = round.scratch("trainer")
+        learner.train(table, reference, 1, scratch, on_step, parts.check)
+        learner.policy.save(folder, _card(config, "the best epoch"))
+
+    with parts.reporter.progress("train", planned) as advance:
+        round.folder("policy", compute)
+
+
+def _stats(
+    config: OfflineConfig,
+    counts: Mapping[str, int],
+    start: Mapping[str, float],
+    lines: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    steps = [line for line in lines if line["stage"] == "train"]
+    ends = [number for number, step in enumerate(steps) if "validation_loss" in step]
+    epochs = []
+    for number, (first, last) in enumerate(pairwise([-1, *ends]), start=1):
+        own = steps[first + 1 : last + 1]
+        held = {k: v for k, v in steps[last].items() if k.startswith("validation_")}
+        mean = {k: sum(s[k] for s in own) / len(own) for k in ("loss", "accuracy")}
+        epochs.append({"epoch": number, "steps": len(own), **mean, **held})
+    found = [e["validation_loss"] for e in epochs]
+    ratio = "good" if config.objective.needs.data == "labels" else "chosen"
+    facts = Facts(
+        full=config.model.tuning == "full",
+        learning_rate=config.learning_rate,
+        accuracy=epochs[-1]["accuracy"],
+        first_loss=steps[0]["loss"],
+        last_loss=epochs[-1]["loss"],
+        chosen_logratio=epochs[-1].get(f"validation_logratio_{ratio}"),
+        validation_losses=tuple(found),
+    )
+    return {
+        "objective": config.objective.name,
+        "data": dict(counts),
+        "start": dict(start),
+        "epochs": epochs,
+        "best_epoch": found.index(min(found)) + 1,
+        "advice": advice(facts),
+    }
+
+
+def _card(config: OfflineConfig, which: str) -> str:
+    """README.md of a stored policy. The same training gives the same bytes."""
+    objective = config.objective
+    library = "transformers" if config.model.tuning == "full" else "peft"
+    return (
+        f"---\nlibrary_name: {library}\ntags: [pairloop, {objective.name}]\n---\n\n"
+        f"# {config.run.name}\n\n`{config.model.path}` trained by pairloop on "
+        f"`{config.data.path}` with {objective.name.upper()}, beta {objective.beta:g}, learning "
+        f"rate {config.learning_rate:g}: {which}. Its numbers stand in the run's `stats.json`.\n"
+    )
+
+
+def read_examples(
+    data: Data, objective: Objective, tokens: Tokens
+) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The file as a table of pairs or labels with token ids, and what became of its records.
+
+    A cluster is the file's own, else the prompt. Raises InputError where the file can't be read or
+    doesn't fit the objective, DataGateError where too many records are too long or none is left.
+    """
+    preferences = read_preferences(Path(data.path), data.format, data.columns)
+    check_fits(objective, preferences.table.columns, data.path)
+    rows, counts = [], {"records": preferences.table.height, "empty": 0, "identical": 0}
+    counts |= {"too_long": 0, "kept": 0}
+    for number, record in enumerate(preferences.table.iter_rows(named=True)):
+        row = _tokenised(record, number, preferences.answers, tokens)
+        answers = [row[f"{name}_token_ids"] for name in preferences.answers]
+        # An answer has its end token besides.
+        if not row["prompt_token_ids"] or any(len(answer) < 2 for answer in answers):
+            counts["empty"] += 1
+            continue
+        if len(answers) > 1 and answers[0] == answers[1]:
+            counts["identical"] += 1
+            continue
+        fitted = fit(row["prompt_token_ids"], answers, data)
+        counts["too_long"] += fitted is None or fitted != (row["prompt_token_ids"], answers)
+        if fitted is None:
+            continue
+        row["prompt_token_ids"], answers = fitted
+        row |= {f"{n}_token_ids": a for n, a in zip(preferences.answers, answers, strict=True)}
+        rows.append(row)
+    counts["kept"] = len(rows)
+    _check_counts(counts, data)
+    return pl.DataFrame(rows, schema=_schema(preferences)), counts
+
+
+def fit(
+    prompt: list[int], answers: list[list[int]], data: Data
+) -> tuple[list[int], list[list[int]]] | None:
+    """Prompt and answers of at most `data.max_tokens` together with the longest answer, or None
+    where the rule drops them; as they were where nothing is too long."""
+    longest = max(len(answer) for answer in answers)
+    over = len(prompt) + longest - data.max_tokens
+    if over <= 0:
+        return prompt, answers
+    # What is left must hold a token to predict from and one to predict.
+    if data.too_long == "cut_prompt" and over < len(prompt):
+        return prompt[over:], answers
+    if data.too_long == "cut_answer" and len(prompt) < data.max_tokens:
+        cut = [answer[: data.max_tokens - len(prompt)] for answer in answers]
+        # Two answers that differ only in what was cut off teach nothing.
+        return None if len(cut) > 1 and cut[0] == cut[1] else (prompt, cut)
+    return None
+
+
+def _tokenised(
+    record: Mapping[str, Any], number: int, answers: Sequence[str], tokens: Tokens
+) -> dict[str, Any]:
+    prompt = record["prompt"]
+    said = "\n\n".join(m["content"] for m in prompt)
+    prompt_id = record["prompt_id"] or sha256(said.encode()).hexdigest()[:16]
+    row: dict[str, Any] = {
+        "prompt_id": prompt_id,
+        "cluster": record["cluster"] or sha256(" ".join(said.lower().split()).encode()).hexdigest(),
+        "prompt_token_ids": tokens.prompt(prompt),
+    }
+    for name in answers:
+        if len(record[name]) != 1:
+            raise InputError(
+                f"{record['where']}: {name} must be one message, got {len(record[name])}; put the "
+                "turns before the last into the prompt"
+            )
+        row[f"{name}_token_ids"] = [*tokens.answer(record[name][0]["content"]), tokens.end]
+    if "label" in record:
+        return {**row, "sample": number, "good": record["label"]}
+    return {**row, "chosen_sample": 2 * number, "rejected_sample": 2 * number + 1}
+
+
+def _schema(preferences: Preferences) -> pl.Schema:
+    """What of `pairs_schema` or `labels_schema` the learner reads."""
+    ids, text, number = pl.List(pl.Int32), pl.String(), pl.Int32()
+    about = {"prompt_id": text, "cluster": text, "prompt_token_ids": ids}
+    answers = {f"{name}_token_ids": ids for name in preferences.answers}
+    if preferences.paired:
+        return pl.Schema({**about, **answers, "chosen_sample": number, "rejected_sample": number})
+    return pl.Schema({**about, **answers, "sample": number, "good": pl.Boolean()})
+
+
+def _check_counts(counts: Mapping[str, int], data: Data) -> None:
+    share = counts["too_long"] / max(1, counts["records"])
+    if share > data.max_too_long:
+        raise DataGateError(
+            f"{data.path}: {counts['too_long']} of {counts['records']} records have more than "
+            f"{data.max_tokens} tokens, data.max_too_long allows {data.max_too_long:.0%}; raise "
+            "data.max_tokens, or choose data.too_long and raise the limit"
+        )
+    if not counts["kept"]:
+        raise DataGateError(f"{data.path}: no record is left to train on: {dict(counts)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What advice is given on: shares and log-ratios of the last epoch's end."""
+
+    full: bool
+    learning_rate: float
+    accuracy: float
+    """Share of training examples on the right side, at the end."""
+    first_loss: float
+    last_loss: float
+    chosen_logratio: float | None
+    """Mean log pi - log ref of chosen (good) held-out answers, nats a sequence."""
+    validation_losses: tuple[float, ...]
+
+
+def advice(facts: Facts) -> list[str]:
+    """What the numbers say, in plain words; nothing where they are as they should be."""
+    found = []
+    if facts.full and facts.learning_rate > 1e-5:
+        found.append(
+            f"learning rate {facts.learning_rate:g} is high for full fine-tuning: preferences are "
+            "usually learned at 1e-6 to 1e-5; lower learner.learning_rate"
+        )
+    if facts.accuracy > 0.99:
+        found.append(
+            f"overfit: the policy gets {facts.accuracy:.1%} of the training examples right, so it "
+            "knows them by heart; fewer learner.epochs, a lower learning rate, or a larger "
+            "objective.beta"
+        )
+    losses = facts.validation_losses
+    if len(losses) > 1 and losses[-1] > 1.02 * min(losses):
+        best = losses.index(min(losses)) + 1
+        found.append(
+            f"overfit: the held-out loss was lowest after epoch {best} ({min(losses):.4f}) and "
+            f"ended at {losses[-1]:.4f}; the weights of epoch {best} were kept"
+        )
+    if abs(facts.last_loss - facts.first_loss) < 0.01 * abs(facts.first_loss):
+        found.append(
+            f"stuck: the loss went from {facts.first_loss:.4f} to {facts.last_loss:.4f}; raise "
+            "learner.learning_rate, or look at the pairs: pairloop pairs analyze"
+        )
+    if facts.chosen_logratio is not None and facts.chosen_logratio < -5:
+        found.append(
+            "collapsing: chosen answers became "
+            f"{-facts.chosen_logratio:.1f} nats less likely than at the start, so the margin comes "
+            "from pushing both answers down; set objective.sft_weight to 0.1 or more, raise "
+            "objective.beta or lower the learning rate"
+        )
+    return found
