@@ -259,7 +259,7 @@ calibration: {verdicts: verdicts.jsonl, gold: gold.jsonl, bootstrap: 200}
     assert main(["judge", "calibrate", *files, "--registry", "mine", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["floor"], found["verdict"]) == (0.6, "granted")
-    assert len(list(Path("mine").iterdir())) == 1
+    assert len(list(Path("mine").glob("*.json"))) == 1
 
 
 def test_calibration_certifies_the_model_that_the_config_names(
