@@ -69,8 +69,14 @@ class RunView:
                 "config.json; give the folder that `pairloop train` named in its first line"
             )
         self.folder = folder
+        values = read_json(path, _REDO)
+        if "data" in values:
+            raise InputError(
+                f"RUN_FOLDER must be the folder of a run with rounds, but {folder} is a training "
+                f"on a preference file; its numbers stand in {folder / 'stats.json'}"
+            )
         try:
-            self.config = RunConfig.model_validate(read_json(path, _REDO))
+            self.config = RunConfig.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             raise InputError(

@@ -102,6 +102,8 @@ def test_a_training_learns_held_out_preferences_and_says_so(
     before = {p: p.stat().st_mtime_ns for p in folder.glob("rounds/0001/*.parquet")}
     assert main(["dpo", str(config)]) == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert main(["report", str(folder)]) == 2
+    assert "stats.json" in capsys.readouterr().err
 
 
 def test_an_interrupted_training_goes_on_to_the_same_bytes(
