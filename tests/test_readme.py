@@ -28,6 +28,7 @@ import launch
 from launch.cli import main
 from launch.doctor import probes
 from rlhf import RunConfig, config_io, load_config
+from rlhf.config_offline import OfflineConfig
 from rollout.judges.cache import FILE, Entry, VerdictCache
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,8 @@ SHOWS = {
     "pairloop report runs/demo": "runs/demo/report.html",
     "pairloop doctor": "checks: ",
     "pairloop doctor run.yaml": "checks: ",
+    "pairloop dpo run.yaml": "runs/offline/stats.json",
+    "python benchmarks/dpo_step.py": "--sizes",
     "python benchmarks/memory.py": "--case",
     "python benchmarks/selection.py": "--contestants",
     "python benchmarks/duplicates.py": "--threshold",
@@ -160,6 +163,14 @@ def paired(folder: Path) -> None:
     rows = [{"prompt": f"Q{i}?", "chosen": f"Answer {i}.", "rejected": "No."} for i in range(31)]
     jsonl(folder / "train.jsonl", *rows[:29], {**rows[29], "chosen": "No."})
     jsonl(folder / "test.jsonl", rows[30])
+
+
+def filed(folder: Path) -> None:
+    """A preference file, and README's config for it on a model that is small (`tiny`)."""
+    (config,) = (piece for piece in blocks("yaml") if "\ndata:" in piece)
+    (folder / "run.yaml").write_text(re.sub(r"path: package:[^,]+", "path: tiny", config))
+    rows = [{"prompt": f"Is {i} open?", "chosen": "Yes.", "rejected": "No."} for i in range(20)]
+    jsonl(folder / "pairs.jsonl", *rows)
 
 
 def ran(folder: Path) -> None:
@@ -211,6 +222,7 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "pairloop judge cache": ran,
     "pairloop judge sample": ran,
     "pairloop pairs": paired,
+    "pairloop dpo": filed,
     "pairloop report": ran,
 }
 """What makes the files that commands name, where it is not `own_run`."""
@@ -244,11 +256,13 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize("together", told(), ids=lambda together: together[0])
 def test_the_commands_of_the_readme_run(
     together: list[str],
+    tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(tiny_model)
     monkeypatch.setattr(probes, "ask_child", ask_child)
     make = next((PLACES[start] for start in PLACES if together[0].startswith(start)), own_run)
     make(tmp_path)
@@ -293,6 +307,10 @@ def test_extras_that_the_readme_names_exist() -> None:
 def test_every_piece_of_yaml_is_a_config(index: int, tmp_path: Path) -> None:
     """Alone, or merged into the tour's; one that begins in the middle of a list goes on there."""
     piece = blocks("yaml")[index]
+    if "\ndata:" in piece:
+        (tmp_path / "offline.yaml").write_text(piece)
+        assert config_io.load_as(OfflineConfig, [tmp_path / "offline.yaml"]).data.path
+        return
     text = f"judges:\n  panel:\n{piece}" if piece.startswith("    - ") else piece
     (tmp_path / "tour.yaml").write_text(blocks("yaml")[0])
     (tmp_path / "piece.yaml").write_text(text)
