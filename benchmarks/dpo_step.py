@@ -101,7 +101,7 @@ def build(case: Case, ways: tuple[str, ...]) -> dict[str, Contender]:
         # Away from the reference, where every loss would be ln 2 whatever the log-probs.
         for _, parameter in policy.trainable():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise, alpha=3e-3 if policy.adapted else 3e-4)
+            parameter.add_(noise, alpha=2e-2 if policy.adapted else 1e-3)
     policy.model.train()
 
     def own(scorer: Scorer) -> Callable[[], float]:

@@ -328,9 +328,10 @@ def _start(
         from launch.fit import report
         from launch.local import rehearse
         from launch.machines import parse, this_machine
-        from launch.placement import plan
+        from launch.placement import plan, settle
 
         on = this_machine() if machine is None else parse(machine)
+        config = settle(config, on)
         print(config_io.dump(config))
         print(plan(config, on))
         print(report(config, on))

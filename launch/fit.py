@@ -12,7 +12,7 @@ from launch.judge_memory import ROLE, JudgeModel, own_models
 from launch.machines import GIB, Machine
 from launch.memory import Estimate, estimate
 from launch.memory_parts import PHASES, Phase
-from launch.placement import place_on
+from launch.placement import place_on, settle
 from rlhf.config import RunConfig
 from rlhf.errors import InputError
 
@@ -31,6 +31,7 @@ SPARE = 0.05
 
 def report(config: RunConfig, machine: Machine) -> str:
     """What `train --dry-run` says about memory: the table, whether it fits, what would help."""
+    config = settle(config, machine)
     try:
         known = architectures.find(config.model.path, config.model.revision)
     except InputError as error:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.judging import Judging, Sharing
-from launch.placement import Plan, find
+from launch.machines import this_machine
+from launch.placement import Plan, place_on, settle
 from launch.quiet import hush, hush_transformers
 from launch.terminal import Terminal
 from rlhf.config import RunConfig
@@ -43,7 +44,9 @@ def run(config: RunConfig) -> Outcome:
     """
     hush()
     terminal = Terminal(config.tracking.plain)
-    plan = find(config)
+    machine = this_machine()
+    config = settle(config, machine)
+    plan = place_on(config, machine)
     judging = Judging(config, plan.device)
     trackers = Trackers(build_trackers(config.tracking), terminal.say)
     with (
@@ -51,7 +54,10 @@ def run(config: RunConfig) -> Outcome:
         RunStore.open(config) as store,
         terminal.showing(store.folder / "output.log"),
     ):
-        terminal.say(f"run {store.folder}: {plan.engine} on {plan.device}, weights {plan.sync}")
+        terminal.say(
+            f"run {store.folder}: {plan.engine} on {plan.device} in "
+            f"{config.model.precision}, weights {plan.sync}"
+        )
         watch = _Watch(terminal, trackers, interrupts)
         try:
             trackers.start(config.run.name, resolved(config), store.folder / "trackers")

@@ -12,6 +12,9 @@ from rlhf.errors import InputError
 GIB = 2**30
 BF16_CAPABILITY = (8, 0)
 """Compute capability of Ampere, the first that multiplies in bf16."""
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+"""Processors without these convert every bf16 number on its way: measured on AVX2 alone, vLLM made
+12 tokens a second with a 135M model in bf16, 41 in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class Machine:
     """Host memory, or what the control group leaves of it."""
     free: int | None = None
     """Host memory that is free now; None for a described machine."""
+    cpu_bf16: bool = False
+    """Whether its processors multiply in bf16 by themselves."""
 
     @property
     def described(self) -> bool:
@@ -98,7 +103,7 @@ def this_machine() -> Machine:
     Raises InputError where there is a GPU whose driver does not answer: to go on without it would
     be a choice that nobody made.
     """
-    from launch.doctor.probes import ask_driver, ask_memory
+    from launch.doctor.probes import ask_cpu, ask_driver, ask_memory
 
     driver, memory = ask_driver(), ask_memory()
     if driver.module and driver.error is not None and driver.visible != "":
@@ -115,4 +120,5 @@ def this_machine() -> Machine:
         first.capability if first else None,
         host,
         min(memory.available, host),
+        cpu_bf16=bool(ask_cpu().flags & BF16_FLAGS),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launch.local import model_path
 from launch.machines import this_machine
-from launch.placement import device_of
+from launch.placement import device_of, settle
 from launch.quiet import hush, hush_transformers
 from launch.terminal import Terminal
 from rlhf.config_offline import OfflineConfig
@@ -21,6 +21,7 @@ def train(config: OfflineConfig) -> int:
     hush()
     terminal = Terminal(config.tracking.plain)
     machine = this_machine()
+    config = settle(config, machine)
     device = device_of(config, machine.gpus > 0, machine.capability)
     with (
         Interrupts(terminal.announce) as interrupts,

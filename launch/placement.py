@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
-from launch.machines import BF16_CAPABILITY, Machine, this_machine
+from launch.machines import BF16_CAPABILITY, Machine
 from rlhf.config import RunConfig
-from rlhf.config_offline import Trains
+from rlhf.config_offline import OfflineConfig, Trains
 from rlhf.errors import InputError
 
 VLLM_NF4 = "vllm_bnb_plugin"
@@ -95,6 +95,23 @@ def _check_precision(config: Trains, capability: tuple[int, int]) -> None:
         )
 
 
+C = TypeVar("C", RunConfig, OfflineConfig)
+
+
+def settle(config: C, machine: Machine) -> C:
+    """The config with `model.precision: auto` replaced by what it means on a machine."""
+    if config.model.precision != "auto":
+        return config
+    if machine.gpus and config.placement.device != "cpu":
+        native = machine.capability is not None and machine.capability >= BF16_CAPABILITY
+        precision = "bf16" if native else "fp16"
+    else:
+        precision = "bf16" if machine.cpu_bf16 else "fp32"
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"precision": precision})}
+    )
+
+
 def place_on(config: RunConfig, machine: Machine) -> Plan:
     """The plan for a machine. One that was described has every package that the config asks for."""
     if machine.described:
@@ -106,11 +123,6 @@ def place_on(config: RunConfig, machine: Machine) -> Plan:
         machine.capability,
         importlib.util.find_spec(VLLM_NF4) is not None,
     )
-
-
-def find(config: RunConfig) -> Plan:
-    """The plan for this machine."""
-    return place_on(config, this_machine())
 
 
 def plan(config: RunConfig, machine: Machine) -> str:

@@ -34,8 +34,11 @@ class Model(Section):
     """A PEFT adapter folder to go on from; it is then also the initial reference."""
     tuning: Literal["full", "lora", "qlora"] = "lora"
     """`qlora` quantises the frozen base to NF4 with double quantisation (Dettmers et al. 2023)."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Compute precision. fp16 (with loss scaling) for GPUs older than Ampere, such as a T4."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "bf16"
+    """Compute precision. fp16 (with loss scaling) for GPUs older than Ampere, such as a T4. `auto`
+    takes the fastest that the machine multiplies in by itself, and the run keeps it: bf16 on Ampere
+    and later and on CPUs with AVX-512 bf16, fp16 on older GPUs, fp32 on other CPUs (where bf16 is
+    several times as slow)."""
     lora: Lora = Lora()
     attention: str = "sdpa"
     """Attention implementation for the learner, as Transformers names it: `sdpa`, `eager`, or on a

@@ -276,6 +276,7 @@ def test_a_dry_run_shows_config_and_plan_and_trains_nothing(
     install("launch.machines", "this_machine", lambda: "here")
     install("launch.machines", "parse", lambda text: f"a {text}")
     install("launch.placement", "plan", lambda config, on: f"plan for {config.model.path} {on}")
+    install("launch.placement", "settle", lambda config, on: config)
     install("launch.fit", "report", lambda config, on: f"memory of {on}")
     install("launch.local", "rehearse", lambda config: "prompts: enough")
     arguments = ["train", config, "--dry-run", "--run.seed", "5"]

@@ -11,7 +11,7 @@ from launch.architectures import Architecture, find
 from launch.fit import SPARE, changed, report, smallest_change
 from launch.machines import GIB, Machine, parse
 from launch.memory import estimate
-from launch.placement import place_on
+from launch.placement import place_on, settle
 from rlhf import config_io
 from rlhf.config import RunConfig
 
@@ -102,7 +102,8 @@ def test_a_laptop_preset_fits_a_laptop() -> None:
 def test_the_smallest_change_is_one_setting(
     name: str, machine: str, sections: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
-    config, described = preset(name, **sections), parse(machine)
+    described = parse(machine)
+    config = settle(preset(name, **sections), described)
     assert not fits(config, described)
     found = smallest_change(config, described, sized(config))
     assert found == expected

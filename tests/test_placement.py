@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from launch.machines import GIB, Machine, parse, this_machine
-from launch.placement import Plan, find, place, place_on, plan
+from launch.placement import Plan, place, place_on, plan, settle
 from launch.presets import path
 from rlhf import config_io
 from rlhf.config import RunConfig
@@ -157,9 +158,29 @@ def test_an_nf4_base_needs_the_plugin_that_serves_it() -> None:
 
 
 def test_this_machine_has_a_plan() -> None:
-    found = find(config())
+    found = place_on(config(), this_machine())
     assert found == place(config(), found.device == "cuda", found.engine == "vllm")
-    assert found == place_on(config(), this_machine())
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "precision"),
+    [
+        (parse("1xT4-16GB"), "auto", "fp16"),
+        (parse("1xA100-40GB"), "auto", "bf16"),
+        (parse("1xA100-40GB"), "cpu", "fp32"),
+        (CPU, "auto", "fp32"),
+        (replace(CPU, cpu_bf16=True), "auto", "bf16"),
+        (replace(parse("1xT4-16GB"), cpu_bf16=True), "cpu", "bf16"),
+    ],
+)
+def test_an_automatic_precision_is_what_the_machine_multiplies_in(
+    machine: Machine, device: str, precision: str
+) -> None:
+    found = settle(config(model={"precision": "auto"}, placement={"device": device}), machine)
+    assert found == config(model={"precision": precision}, placement={"device": device})
+    for asked_for in ("fp32", "bf16", "fp16"):
+        wanted = config(model={"precision": asked_for})
+        assert settle(wanted, machine) is wanted
 
 
 def test_a_described_machine_stands_in_for_this_one() -> None:

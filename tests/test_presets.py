@@ -108,7 +108,7 @@ def test_a_preset_has_every_section_a_user_touches_with_reasons(name: str) -> No
         ("gemma-2b-it-qlora-t4", "qlora", "fp16"),
         ("qwen2.5-7b-instruct-qlora-a100", "qlora", "bf16"),
         ("llama-3.1-8b-instruct-lora-a100", "lora", "bf16"),
-        ("smollm2-cpu", "lora", "bf16"),
+        ("smollm2-cpu", "lora", "auto"),
     ],
 )
 def test_a_preset_is_what_its_name_says(name: str, tuning: str, precision: str) -> None:
@@ -122,11 +122,11 @@ def test_a_preset_is_what_its_name_says(name: str, tuning: str, precision: str) 
 def test_a_preset_for_a_gpu_does_not_start_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from launch import machines, placement
+    from launch import local, machines
 
     here = machines.Machine("this machine", 0, 0, None, 16 * machines.GIB, machines.GIB)
     monkeypatch.setattr(machines, "this_machine", lambda: here)
-    monkeypatch.setattr(placement, "this_machine", lambda: here)
+    monkeypatch.setattr(local, "this_machine", lambda: here)
     monkeypatch.chdir(tmp_path)
     config = str(path("qwen2.5-7b-instruct-qlora-t4"))
     for flags in ([], ["--dry-run"]):
