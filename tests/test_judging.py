@@ -240,7 +240,7 @@ def test_a_round_with_policy_and_judge_in_vllm_from_the_command_line(
         "name": "reader",
         "dimensions": ["style"],
         "model": smollm2,
-        "engine": {"max_length": 2048, "memory_gib": 0.5},
+        "engine": {"max_length": 2048, "memory_gib": 0.5, "precision": "fp32"},
     }
     values = run_values(
         tmp_path,
@@ -249,7 +249,6 @@ def test_a_round_with_policy_and_judge_in_vllm_from_the_command_line(
         rounds={"count": 1},
         evaluation={"samples_per_prompt": 1, "kl_prompts": 1, "greedy_prompts": 1},
     )
-    values["model"]["precision"] = "bf16"
     for source in values["prompts"].values():
         source["limit"] = 2
     (rules,) = values["judges"]["panel"]

@@ -527,7 +527,7 @@ def test_calls_are_counted_before_they_are_made() -> None:
 
 @pytest.mark.engine
 def test_a_real_engine_grades_within_the_schema(smollm2: str) -> None:
-    settings = {"max_length": 2048, "memory_gib": 0.5, "max_concurrency": 8}
+    settings = {"max_length": 2048, "memory_gib": 0.5, "max_concurrency": 8, "precision": "fp32"}
     from rollout.judges.panel import build
 
     def built(**more: Any) -> LlmJudge:

@@ -399,6 +399,8 @@ def vllm_server(smollm2: str, tmp_path: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2]
     command += ["--served-model-name", "judge", "--port", str(port), "--host", "127.0.0.1"]
     command += ["--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "8"]
+    # Any processor multiplies in it by itself.
+    command += ["--dtype", "float32"]
     log = tmp_path / "server.log"
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("w") as out:
