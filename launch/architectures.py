@@ -75,8 +75,16 @@ class Architecture:
         embeddings = self.embedding * (1 if self.tied else 2)
         return self.linear + embeddings + self.layers * (norms + self.biases) + self.hidden
 
-    def adapter(self, rank: int, targets: str | Sequence[str]) -> int:
-        """Weights of a LoRA: rank x (in + out) for each adapted layer."""
+    @property
+    def tensors(self) -> list[tuple[int, int]]:
+        """(elements, how many) of the weight tensors of each kind; biases are left out."""
+        norms = [(self.hidden, 2 * self.layers + 1)]
+        norms += [(self.head_dim, 2 * self.layers)] if self.head_norms else []
+        linear = [(i * o, self.layers) for i, o in self.shapes.values()]
+        return [(self.embedding, 1 if self.tied else 2), *linear, *norms]
+
+    def adapter_tensors(self, rank: int, targets: str | Sequence[str]) -> list[tuple[int, int]]:
+        """(elements, how many) of a LoRA's tensors: rank x in and rank x out of adapted layers."""
         shapes = self.shapes | {"lm_head": (self.hidden, self.vocabulary)}
         names = list(self.shapes) if isinstance(targets, str) else list(targets)
         unknown = [name for name in names if name not in shapes]
@@ -86,7 +94,11 @@ class Architecture:
                 f"{list(shapes)}"
             )
         times = {"lm_head": 1}
-        return rank * sum(times.get(n, self.layers) * sum(shapes[n]) for n in names)
+        return [(rank * side, times.get(n, self.layers)) for n in names for side in shapes[n]]
+
+    def adapter(self, rank: int, targets: str | Sequence[str]) -> int:
+        """Weights of a LoRA: rank x (in + out) for each adapted layer."""
+        return sum(size * count for size, count in self.adapter_tensors(rank, targets))
 
     @classmethod
     def read(cls, config: Mapping[str, Any], path: str) -> Architecture:

@@ -112,6 +112,23 @@ def dpo(
 
 
 @app.command
+def import_adapter(old: Path, new: Path, /) -> int:
+    """Write an older adapter's adapter_model.bin as safetensors; nothing in the pickle is run.
+
+    Parameters
+    ----------
+    old
+        PEFT folder with adapter_config.json and adapter_model.bin.
+    new
+        Folder to make, for model.adapter.
+    """
+    from rlhf.adapters import import_adapter as write
+
+    count = write(old, new)
+    return _print(f"{count} tensors: {new}\n")
+
+
+@app.command
 def demo(
     *,
     transformers: Annotated[bool, Flag] = False,

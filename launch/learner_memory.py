@@ -8,7 +8,9 @@ at once (a chunk of `rlhf.head`).
 
 - weights: full 4P (fp32 masters); LoRA cP; QLoRA 0.516 D (4 bits, one byte of scale for 64 weights,
   four more for 256 of those) + c(P - D). The adapter is fp32.
-- gradients 4R, AdamW 8R. Under autocast also cR: each trained weight's cast is kept for backward.
+- gradients 4R, AdamW 8R; in 8 bits (bitsandbytes) 2R and 8 for each block of 256 weights, but 8 a
+  weight in tensors of less than 4,096. Paged moments count where they are used. Under autocast also
+  cR: each trained weight's cast is kept for backward.
 - activations, a token and layer. Autograd keeps what a gradient needs: of a frozen layer nothing,
   of a trained one its input. The norms compute in fp32 whatever the rest does.
 
@@ -42,6 +44,9 @@ from launch.architectures import Architecture
 from rlhf.config_learner import Model
 from rlhf.head import chunk_tokens
 
+SMALLEST_8BIT, BLOCK = 4096, 256
+"""bitsandbytes 0.50: elements of the smallest tensor whose moments are in 8 bits, and of a block
+that shares one fp32 scale a moment (`Optimizer2State.init_state`)."""
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes a weight with double quantisation."""
@@ -59,6 +64,8 @@ class Learning:
     completion: int
     checkpointing: bool
     on_gpu: bool
+    optimizer: str = "adamw"
+    """`learner.optimizer`."""
 
     @property
     def full(self) -> bool:
@@ -155,10 +162,27 @@ class Learning:
         return max(head, layer)
 
     @property
+    def moments(self) -> int:
+        """AdamW's state."""
+        if self.optimizer == "adamw":
+            return 8 * self.trained
+        a, lora = self.architecture, self.model.lora
+        tensors = a.tensors if self.full else a.adapter_tensors(lora.rank, lora.target_modules)
+        # A bias of 4,096 or more counts as fp32 too: some kilobytes a layer.
+        biases = 8 * a.layers * a.biases if self.full else 0
+        return biases + sum(count * _moments_8bit(size) for size, count in tensors)
+
+    @property
     def step(self) -> int:
-        """What AdamW adds while it steps: a square root of its second moments, and a quotient."""
+        """What AdamW adds while it steps: a square root of its second moments, and a quotient.
+
+        In 8 bits a GPU works in place; a CPU takes both moments, the gradient, the root and the
+        quotient in fp32, a tensor at a time (20 bytes a weight, as measured).
+        """
         a = self.architecture
         largest = max(a.embedding, a.hidden * a.intermediate) if self.full else 0
+        if self.optimizer != "adamw":
+            return 0 if self.on_gpu else 20 * largest
         return 4 * self.trained if self.on_gpu else 8 * largest
 
     @property
@@ -174,3 +198,8 @@ class Learning:
         logits = (8 if c == 4 else 10) * self.scored * a.vocabulary
         layer = (4 * c * a.intermediate + 4 * self.stream) * self.tokens
         return max(logits, layer) + (self.casts if self.full else 0)
+
+
+def _moments_8bit(size: int) -> int:
+    """Bytes of both moments of a tensor under an 8-bit AdamW."""
+    return 8 * size if size < SMALLEST_8BIT else 2 * size + 8 * -(-size // BLOCK)

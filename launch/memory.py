@@ -77,6 +77,7 @@ def learning(config: RunConfig, architecture: Architecture, on_gpu: bool) -> Lea
         config.rollout.max_new_tokens,
         config.learner.gradient_checkpointing,
         on_gpu,
+        config.learner.optimizer,
     )
 
 
@@ -96,7 +97,7 @@ def estimate(
     engine, short = _engine(config, plan, machine, held)
     lacks = {"generator": short}
     vllm = plan.engine == "vllm" or any(j.spec.backend == "vllm" for j in judges)
-    parts = [*_process(on_gpu, vllm), *_learner(config, held), *_publishing(plan, held), *engine]
+    parts = [*_process(on_gpu, vllm), *_learner(held), *_publishing(plan, held), *engine]
     for judge in judges:
         found, lacks[f"judge {judge.spec.name}"] = judge_memory.parts(judge, machine, on_gpu)
         parts += found
@@ -112,7 +113,7 @@ def _process(cuda: bool, vllm: bool) -> Iterable[Part]:
         yield Part("framework", "CUDA context", ASSUMED.context, "assumed", PHASES, False)
 
 
-def _learner(config: RunConfig, held: Learning) -> Iterable[Part]:
+def _learner(held: Learning) -> Iterable[Part]:
     a, c, host = held.architecture, held.compute, not held.on_gpu
     total, linear = millions(a.parameters), millions(a.linear)
     if held.model.tuning == "qlora":
@@ -131,15 +132,16 @@ def _learner(config: RunConfig, held: Learning) -> Iterable[Part]:
     if held.on_gpu and held.model.tuning != "qlora":
         passing = "the weights, on their way to the GPU"
         yield Part("learner", "weights", held.base, passing, ("load",), True)
-    if held.full and config.rounds.reference == "initial":
-        said = f"4 B x {total}, loaded for one pass"
+    if held.full:
+        # KL to the start is measured after every round, whatever the objective's reference.
+        said = f"4 B x {total}, loaded for one pass: reference, KL to the start"
         yield Part("learner", "initial policy", held.base, said, ("reference",), host)
     shape = f"{held.tokens:,} tokens, logits of {held.scored:,}"
     yield Part("learner", "scoring", held.scoring, shape, ("reference",), host)
     trained = millions(held.trained)
     train: tuple[Phase, ...] = ("train",)
     yield Part("learner", "gradients", 4 * held.trained, f"4 B x {trained}", train, host)
-    yield Part("learner", "AdamW", 8 * held.trained, f"8 B x {trained}", train, host)
+    yield Part("learner", "AdamW", held.moments, _moments_said(held), train, host)
     yield Part("learner", "autocast copies", held.casts, f"{c} B x {trained}", train, host)
     each = "layer inputs" if held.checkpointing else "kept for backward"
     bytes_each = held.stream if held.checkpointing else held.a_token
@@ -155,6 +157,14 @@ def _learner(config: RunConfig, held: Learning) -> Iterable[Part]:
     yield Part("learner", "AdamW's step", max(0, more), "beyond the activations", train, host)
     said = "half of what is freed; MALLOC_MMAP_THRESHOLD_=262144 in the environment: 0"
     yield Part("framework", "freed blocks", held.blocks, said, train, host)
+
+
+def _moments_said(held: Learning) -> str:
+    trained = millions(held.trained)
+    if held.optimizer == "adamw":
+        return f"8 B x {trained}"
+    paged = "; the host's where the card is short" if held.optimizer.startswith("paged") else ""
+    return f"{held.moments / held.trained:.3f} B x {trained}, in 8 bits{paged}"
 
 
 def _publishing(plan: Plan, held: Learning) -> Iterable[Part]:

@@ -29,13 +29,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf.adapters import ADAPTER, check_adapter
 from rlhf.config_learner import Model
 from rlhf.errors import InputError
 from rlhf.files import atomic_folder
 from rlhf.types import Message
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ADAPTER = "adapter_model.safetensors"
 
 
 def model_cache() -> Path:
@@ -397,8 +397,7 @@ class Policy:
         )
 
     def _continue_adapter(self, base: nn.Module, adapter: str) -> PeftModel:
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise InputError(f"model.adapter: {adapter} is not a PEFT folder (adapter_config.json)")
+        check_adapter(Path(adapter))
         model = PeftModel.from_pretrained(
             base, adapter, adapter_name="default", is_trainable=True, use_safetensors=True
         )

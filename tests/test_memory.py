@@ -22,8 +22,9 @@ from launch.memory_parts import ASSUMED, PHASES, Phase
 from launch.placement import Plan, place_on
 from rlhf import config_io
 from rlhf.config import RunConfig
-from rlhf.config_learner import Model
+from rlhf.config_learner import Learner, Model
 from rlhf.logprobs import collate_shared, sequence_logps, token_logps
+from rlhf.optimizer import make_optimizer
 from rlhf.policy import Policy
 from rlhf.scoring import Scorer
 
@@ -181,6 +182,84 @@ def test_full_tuning_holds_sixteen_bytes_a_weight_and_the_start_once() -> None:
     assert size(found, "learner", "initial policy", host=True) == 4 * 134_515_008
     (start,) = (p for p in found.parts if p.what == "initial policy")
     assert start.phases == ("reference",)
+
+
+def test_moments_in_8_bits_by_hand() -> None:
+    """SmolLM2: 28,311,552 of the embedding and 30 x 3,538,944 of linear layers are 134,479,872 in
+    tensors of whole blocks: 2 bytes each and 8 for each of 525,312 blocks of 256. The 61 norms of
+    576 are under 4,096 and stay in fp32, 8 x 35,136. 268,959,744 + 4,202,496 + 281,088.
+
+    An adapter of rank 4: nine tensors of 4 x 576 = 2,304 a layer and two of 4 x 192 = 768 stay in
+    fp32, 8 x 22,272 = 178,176; three of 4 x 1536 = 6,144 take 2 x 6,144 + 8 x 24 = 12,480 each.
+    30 x (178,176 + 37,440) = 6,468,480, where fp32 takes 8 x 40,704 x 30 = 9,768,960.
+
+    While it steps, a CPU takes 20 bytes a weight of the largest tensor, a GPU nothing.
+    """
+    machine = parse("1xT4-16GB")
+
+    def moments(tuning: str, optimizer: str) -> int:
+        config = preset(
+            "smollm2-cpu",
+            model={"tuning": tuning, "lora": {"rank": 4}},
+            rollout={"engine": "transformers"},
+            learner={"optimizer": optimizer},
+        )
+        plan = Plan("cpu", "transformers", "merged")
+        found = estimate(config, plan, machine, find(config.model.path))
+        return size(found, "learner", "AdamW", host=True)
+
+    assert moments("full", "adamw") == 8 * 134_515_008
+    assert moments("full", "adamw_8bit") == 273_443_328
+    assert moments("lora", "adamw") == 9_768_960
+    assert moments("lora", "adamw_8bit") == moments("lora", "paged_adamw_8bit") == 6_468_480
+    config = preset("smollm2-cpu", model={"tuning": "full"}, learner={"optimizer": "adamw_8bit"})
+    smol = find(config.model.path)
+    assert learning(config, smol, on_gpu=False).step == 20 * 28_311_552
+    assert learning(config, smol, on_gpu=True).step == 0
+
+
+@pytest.mark.parametrize(("tuning", "rank"), [("full", 1), ("lora", 4), ("lora", 33)])
+def test_moments_in_8_bits_are_what_bitsandbytes_holds(
+    tmp_path: Path, tuning: str, rank: int
+) -> None:
+    """Rank 33: 33 x 128 = 4,224 elements are 16.5 blocks of 256."""
+    path = save_small_model(tmp_path / "model", tied=False)
+    values = {"path": str(path), "tuning": tuning, "precision": "fp32", "lora": {"rank": rank}}
+    model = Model.model_validate(values)
+    policy = Policy(model, model.path, "cpu", seed=0)
+    settings = Learner.model_validate({"optimizer": "adamw_8bit"})
+    optimizer = make_optimizer(policy.trainable(), settings, 1e-3)
+    for _, parameter in policy.trainable():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    # The two tables that codes are looked up in are shared by all tensors.
+    held = sum(
+        value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if name in ("state1", "state2", "absmax1", "absmax2")
+    )
+    found = Learning(find(model.path), model, 80, 24, 8, False, False, settings.optimizer)
+    assert found.moments == held
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+@pytest.mark.parametrize("reference", ["initial", "round_start"])
+def test_full_tuning_loads_the_initial_policy_whatever_the_objective_holds_it_to(
+    objective: str, reference: str
+) -> None:
+    """ORPO has no reference, but KL to the start is measured after each of its rounds too."""
+    config = preset(
+        "smollm2-cpu",
+        model={"tuning": "full"},
+        rollout={"engine": "transformers"},
+        objective={"name": objective},
+        rounds={"reference": reference},
+        gates={"max_kl": 1.0},
+    )
+    plan = Plan("cpu", "transformers", "merged")
+    found = estimate(config, plan, parse("1xT4-16GB"), find(config.model.path))
+    assert size(found, "learner", "initial policy", host=True) == 4 * 134_515_008
 
 
 def test_what_needs_less_is_said_to_need_less() -> None:

@@ -23,6 +23,7 @@ import fakes
 import polars as pl
 import pytest
 import report_runs
+import torch
 
 import launch
 from launch.cli import main
@@ -123,6 +124,7 @@ SHOWS = {
     "pairloop doctor": "checks: ",
     "pairloop doctor run.yaml": "checks: ",
     "pairloop dpo run.yaml": "runs/offline/stats.json",
+    "pairloop import-adapter OLD NEW": "2 tensors: NEW",
     "python benchmarks/dpo_step.py": "--sizes",
     "python benchmarks/memory.py": "--case",
     "python benchmarks/selection.py": "--contestants",
@@ -171,6 +173,16 @@ def filed(folder: Path) -> None:
     (folder / "run.yaml").write_text(re.sub(r"path: package:[^,]+", "path: tiny", config))
     rows = [{"prompt": f"Is {i} open?", "chosen": "Yes.", "rejected": "No."} for i in range(20)]
     jsonl(folder / "pairs.jsonl", *rows)
+
+
+def adapted(folder: Path) -> None:
+    """`OLD`, an adapter of one layer as PEFT used to save it."""
+    (folder / "OLD").mkdir()
+    described = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
+    (folder / "OLD/adapter_config.json").write_text(json.dumps(described))
+    halves = {"A": torch.ones(2, 8), "B": torch.ones(8, 2)}
+    weights = {f"base_model.model.q_proj.lora_{h}.weight": t for h, t in halves.items()}
+    torch.save(weights, folder / "OLD/adapter_model.bin")
 
 
 def ran(folder: Path) -> None:
@@ -223,6 +235,7 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "pairloop judge sample": ran,
     "pairloop pairs": paired,
     "pairloop dpo": filed,
+    "pairloop import-adapter": adapted,
     "pairloop report": ran,
 }
 """What makes the files that commands name, where it is not `own_run`."""
