@@ -71,7 +71,7 @@ def measure(case: Case, gives_back: bool = True) -> Measured:
     command = [sys.executable, str(Path(__file__).resolve()), "--case", json.dumps(asdict(case))]
     environment = {**os.environ, **(GIVES_BACK if gives_back else {}), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, timeout=600, env=environment
+        command, check=True, stdout=subprocess.PIPE, text=True, timeout=1000, env=environment
     )
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 

@@ -47,7 +47,7 @@ def test_a_small_demo_goes_round(
         check=False,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1000,
         cwd=ROOT,
         env=dict(os.environ),
     )
@@ -98,7 +98,7 @@ def test_a_stale_vllm_engine_ends_the_run(tiny_model: Path, tmp_path: Path) -> N
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )

@@ -261,7 +261,7 @@ def test_a_round_with_policy_and_judge_in_vllm_from_the_command_line(
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "launch", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1000, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     told = " ".join(done.stdout.split())
     assert "UNCERTIFIED: reader trains style without a certificate" in told

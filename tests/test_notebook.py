@@ -198,7 +198,7 @@ def test_the_notebook_runs_in_a_real_kernel(tmp_path: Path, tiny_model: Path) ->
         '{"rounds.count": 1}', repr(SMALL | {"model.path": str(tiny_model)})
     )
     notebook.cells.append(nbformat.v4.new_code_cell(VERIFIER))
-    client = NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(notebook, timeout=1000, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     shown = [
         output["data"]

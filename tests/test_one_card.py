@@ -196,7 +196,7 @@ def test_the_t4_preset_goes_round_on_a_cpu(
         check=False,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1000,
         cwd=ROOT,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr

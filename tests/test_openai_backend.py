@@ -421,7 +421,7 @@ def _wait_until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) 
     import urllib.error
     import urllib.request
 
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-3000:]
         try:

@@ -346,7 +346,7 @@ def _train(values: dict[str, Any], folder: Path, *command: str) -> str:
     path.write_text(yaml.safe_dump(values))
     asked = [sys.executable, "-m", "launch", *command, str(path)]
     done = subprocess.run(
-        asked, capture_output=True, text=True, timeout=400, cwd=folder, check=False,
+        asked, capture_output=True, text=True, timeout=1000, cwd=folder, check=False,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

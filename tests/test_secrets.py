@@ -191,7 +191,7 @@ def test_no_canary_reaches_a_file_an_argument_or_the_output(
     watcher = Watcher(process.pid)
     watcher.start()
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=400)
     finally:
         process.kill()
         watcher.done.set()

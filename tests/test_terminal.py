@@ -236,7 +236,7 @@ def test_ctrl_c_is_answered_at_once_and_the_command_that_it_names_goes_on(
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert again.returncode == 0, again.stdout + again.stderr
