@@ -15,7 +15,7 @@ from launch.judge_memory import TOKENS_AT_ONCE, own_models
 from launch.machines import GIB, Machine, parse
 from launch.memory import Estimate, estimate
 from launch.memory_parts import ASSUMED, PHASES
-from launch.placement import place_on
+from launch.placement import place_on, settle
 from rlhf import config_io
 from rlhf.config import RunConfig
 from rollout.judges import reward_engines
@@ -56,6 +56,7 @@ def beside(*audit: dict[str, Any], preset: str = "llama-3.1-8b-instruct-lora-a10
 def on(config: RunConfig, described: Machine) -> Estimate:
     judges, unknown = own_models(config)
     assert unknown == []
+    config = settle(config, described)
     plan = place_on(config, described)
     return estimate(config, plan, described, find(config.model.path), judges)
 

@@ -16,10 +16,10 @@ from benchmarks import memory as benchmark
 from launch import presets
 from launch.architectures import KNOWN, Architecture, find
 from launch.learner_memory import Learning
-from launch.machines import GIB, parse, this_machine
+from launch.machines import GIB, Machine, parse, this_machine
 from launch.memory import Estimate, estimate, learning
 from launch.memory_parts import ASSUMED, PHASES, Phase
-from launch.placement import Plan, place_on
+from launch.placement import Plan, place_on, settle
 from rlhf import config_io
 from rlhf.config import RunConfig
 from rlhf.config_learner import Learner, Model
@@ -31,11 +31,14 @@ from rlhf.scoring import Scorer
 QWEN = Architecture.read(KNOWN["Qwen/Qwen2.5-7B-Instruct"], "")
 
 
+WITH_BF16 = Machine("a server", 0, 0, None, 64 * GIB, cpu_bf16=True)
+
+
 def preset(name: str, **sections: dict[str, Any]) -> RunConfig:
     values = config_io.load([presets.path(name)]).model_dump()
     for section, changes in sections.items():
         values[section] |= changes
-    return RunConfig.model_validate(values)
+    return settle(RunConfig.model_validate(values), WITH_BF16)
 
 
 def on(config: RunConfig, machine: str) -> Estimate:
