@@ -127,6 +127,7 @@ class StageBase:
         completions: pl.DataFrame,
         audit: bool,
     ) -> pl.DataFrame:
+        """Scores of completions, shard by shard, however many are abstentions."""
         shards = self.shards(prompts)
 
         def compute(shard: int) -> pl.DataFrame:

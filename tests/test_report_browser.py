@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 import pytest
 from calibrations import ORIGIN, of_pairs, of_scores
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 from report_runs import Runs, make_config
 
 from rlhf.files import write_parquet
@@ -32,17 +31,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table.with_columns(text=pl.when(first).then(pl.lit(EVIL)).otherwise("text")), path
     )
     return write_report(folder)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    assert path, "these tests need Chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        # No sandbox: it needs namespaces that a container does not give.
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=WIDTHS)
