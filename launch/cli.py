@@ -7,16 +7,18 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 
 from launch import shadow
 
 if TYPE_CHECKING:
+    from launch.machines import Machine
     from rlhf.config import RunConfig
+    from rlhf.config_offline import OfflineConfig
 
 HELP = """On-policy preference optimisation whose data you can audit.
 
@@ -32,6 +34,7 @@ EXIT_CODES = """Exit codes:
   130 stopped from the keyboard"""
 
 Override = tuple[str, str]
+C = TypeVar("C", "RunConfig", "OfflineConfig")
 Overrides = Annotated[tuple[Override, ...], Parameter(parse=False)]
 Flag = Parameter(negative="")
 
@@ -88,6 +91,8 @@ def dpo(
     config: Path,
     /,
     *more: Path,
+    dry_run: Annotated[bool, Flag] = False,
+    machine: str | None = None,
     plain: Annotated[bool, Flag] = False,
     overrides: Overrides = (),
 ) -> int:
@@ -99,13 +104,23 @@ def dpo(
         YAML file with run, model, data, objective, learner.
     more
         Further YAML files; later ones win, key by key.
+    dry_run
+        Print the resolved config, what would run where, its steps and the memory, and stop.
+    machine
+        With --dry-run: the machine to plan for, as 1xT4-16GB or 1xA100-80GB; default this one.
     plain
         Plain lines, no progress bars: --tracking.plain true.
     """
     from rlhf import config_io
     from rlhf.config_offline import OfflineConfig
 
+    _check_machine(machine, dry_run)
     settings = config_io.load_as(OfflineConfig, [config, *more], _with_plain(plain, overrides))
+    if dry_run:
+        from launch.offline import rehearse
+        from launch.placement import plan_offline
+
+        return _show_plan(settings, machine, plan_offline, rehearse)
     from launch.offline import train as run
 
     return run(settings)
@@ -336,27 +351,41 @@ def _start(
 ) -> int:
     from rlhf import config_io
 
+    _check_machine(machine, dry_run)
+    config: RunConfig = config_io.load(paths, overrides)
+    if dry_run:
+        from launch.local import rehearse
+        from launch.placement import plan
+
+        return _show_plan(config, machine, plan, rehearse)
+    from launch.local import train as run
+
+    return run(config)
+
+
+def _check_machine(machine: str | None, dry_run: bool) -> None:
     if machine is not None and not dry_run:
         from rlhf.errors import InputError
 
         raise InputError(f"--machine {machine} describes a machine to plan for: add --dry-run")
-    config: RunConfig = config_io.load(paths, overrides)
-    if dry_run:
-        from launch.fit import report
-        from launch.local import rehearse
-        from launch.machines import parse, this_machine
-        from launch.placement import plan, settle
 
-        on = this_machine() if machine is None else parse(machine)
-        config = settle(config, on)
-        print(config_io.dump(config))
-        print(plan(config, on))
-        print(report(config, on))
-        print(rehearse(config))
-        return 0
-    from launch.local import train as run
 
-    return run(config)
+def _show_plan(
+    config: C, machine: str | None, plan: Callable[[C, Machine], str], rehearse: Callable[[C], str]
+) -> int:
+    """Print the resolved config, who runs where, the memory that takes, and the data."""
+    from launch.fit import report
+    from launch.machines import parse, this_machine
+    from launch.placement import settle
+    from rlhf.config_io import dump
+
+    on = this_machine() if machine is None else parse(machine)
+    config = settle(config, on)
+    print(dump(config))
+    print(plan(config, on))
+    print(report(config, on))
+    print(rehearse(config))
+    return 0
 
 
 def _usage(error: CycloptsError) -> str:

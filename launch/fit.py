@@ -10,10 +10,11 @@ from launch import architectures
 from launch.architectures import Architecture
 from launch.judge_memory import ROLE, JudgeModel, own_models
 from launch.machines import GIB, Machine
-from launch.memory import Estimate, estimate
-from launch.memory_parts import PHASES, Phase
-from launch.placement import place_on, settle
+from launch.memory import Estimate, estimate, estimate_offline
+from launch.memory_parts import Phase
+from launch.placement import C, device_of, place_on, settle
 from rlhf.config import RunConfig
+from rlhf.config_offline import Trains
 from rlhf.errors import InputError
 
 Change = tuple[str, Any]
@@ -29,15 +30,15 @@ SPARE = 0.05
 """Share of a memory that had better stay free, for what an estimate does not know."""
 
 
-def report(config: RunConfig, machine: Machine) -> str:
-    """What `train --dry-run` says about memory: the table, whether it fits, what would help."""
+def report(config: C, machine: Machine) -> str:
+    """What a dry run says about memory: the table, whether it fits, what would help."""
     config = settle(config, machine)
     try:
         known = architectures.find(config.model.path, config.model.revision)
     except InputError as error:
         return f"memory     not estimated: {error}"
-    judges, unknown = own_models(config)
-    found = estimate(config, place_on(config, machine), machine, known, judges)
+    judges, unknown = _judges(config)
+    found: Estimate = _estimated(config, machine, known, judges)
     lines = [_heading(config, found), *_table(found), *_verdicts(found)]
     lines += [f"{ROLE:<10} {line}" for line in unknown]
     if not found.fits():
@@ -45,8 +46,22 @@ def report(config: RunConfig, machine: Machine) -> str:
     return "\n".join(lines)
 
 
+def _judges(config: Trains) -> tuple[list[JudgeModel], list[str]]:
+    return own_models(config) if isinstance(config, RunConfig) else ([], [])
+
+
+def _estimated(
+    config: Trains, machine: Machine, architecture: Architecture, judges: Sequence[JudgeModel]
+) -> Estimate:
+    """Raises InputError where the machine lacks what the config asks for."""
+    if isinstance(config, RunConfig):
+        return estimate(config, place_on(config, machine), machine, architecture, judges)
+    device = device_of(config, machine.gpus > 0, machine.capability)
+    return estimate_offline(config, device, machine, architecture)
+
+
 def smallest_change(
-    config: RunConfig,
+    config: C,
     machine: Machine,
     architecture: Architecture,
     judges: Sequence[JudgeModel] = (),
@@ -57,12 +72,11 @@ def smallest_change(
     """
 
     def fits(changes: Sequence[Change]) -> bool:
-        tried = changed(config, changes)
         try:
-            plan = place_on(tried, machine)
+            found = _estimated(changed(config, changes), machine, architecture, judges)
         except InputError:
             return False
-        return estimate(tried, plan, machine, architecture, judges).fits(SPARE)
+        return found.fits(SPARE)
 
     if fits(()):
         return ()
@@ -72,7 +86,7 @@ def smallest_change(
     return None if found is None else _milder(found, groups, fits)
 
 
-def changed(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
+def changed(config: C, changes: Sequence[Change]) -> C:
     """The config with some settings changed."""
     for name, value in changes:
         section, key = name.split(".")
@@ -83,7 +97,7 @@ def changed(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
 
 def _together(groups: Sequence[Group], fits: Fits) -> tuple[Change, ...] | None:
     """Each setting at its thriftiest, in the order of harm, until it fits with some share."""
-    shares = dict(groups)[SHARE]
+    shares = dict(groups).get(SHARE, [])
     taken: tuple[Change, ...] = ()
     for name, values in groups:
         if name == SHARE or not values:
@@ -109,7 +123,7 @@ def _milder(found: tuple[Change, ...], groups: Sequence[Group], fits: Fits) -> t
     return found
 
 
-def _candidates(config: RunConfig) -> Iterator[Group]:
+def _candidates(config: Trains) -> Iterator[Group]:
     """Settings with the values to try, least harm first.
 
     The first change nothing that a round holds (a share, a cache, a micro-batch), the next cost
@@ -117,21 +131,29 @@ def _candidates(config: RunConfig) -> Iterator[Group]:
     trained, and last what is trained on: shorter prompts are dropped prompts, and an answer that is
     cut off can't be chosen.
     """
-    rollout, learner = config.rollout, config.learner
-    shares = [round(0.02 * i, 2) for i in range(5, 46)]
-    near = sorted(shares, key=lambda share: abs(share - rollout.gpu_memory_share))
-    yield SHARE, [s for s in near if s != rollout.gpu_memory_share]
-    yield "rollout.memory_gib", [g for g in (8.0, 4.0, 2.0, 1.0, 0.5) if g != rollout.memory_gib]
+    learner = config.learner
+    rollout = config.rollout if isinstance(config, RunConfig) else None
+    if rollout is not None:
+        shares = [round(0.02 * i, 2) for i in range(5, 46)]
+        near = sorted(shares, key=lambda share: abs(share - rollout.gpu_memory_share))
+        yield SHARE, [s for s in near if s != rollout.gpu_memory_share]
+        gibibytes = (8.0, 4.0, 2.0, 1.0, 0.5)
+        yield "rollout.memory_gib", [g for g in gibibytes if g != rollout.memory_gib]
     yield "learner.micro_batch_tokens", _halved(learner.micro_batch_tokens, 256)
-    yield "rollout.max_concurrency", _halved(rollout.max_concurrency, rollout.samples_per_prompt)
+    if rollout is not None:
+        rows = _halved(rollout.max_concurrency, rollout.samples_per_prompt)
+        yield "rollout.max_concurrency", rows
     yield (
         "learner.gradient_checkpointing",
         [] if learner.gradient_checkpointing else [True],
     )
     tunings = {"full": ["lora", "qlora"], "lora": ["qlora"], "qlora": []}
     yield "model.tuning", list(tunings[config.model.tuning])
-    yield "prompts.max_tokens", _halved(config.prompts.max_tokens, 128)
-    yield "rollout.max_new_tokens", _halved(rollout.max_new_tokens, 64)
+    if isinstance(config, RunConfig):
+        yield "prompts.max_tokens", _halved(config.prompts.max_tokens, 128)
+        yield "rollout.max_new_tokens", _halved(config.rollout.max_new_tokens, 64)
+    else:
+        yield "data.max_tokens", _halved(config.data.max_tokens, 128)
 
 
 def _halved(value: int, least: int) -> list[int]:
@@ -141,7 +163,7 @@ def _halved(value: int, least: int) -> list[int]:
 
 
 def _help(
-    config: RunConfig, machine: Machine, architecture: Architecture, judges: Sequence[JudgeModel]
+    config: C, machine: Machine, architecture: Architecture, judges: Sequence[JudgeModel]
 ) -> str:
     changes = smallest_change(config, machine, architecture, judges)
     if changes is None and judges:
@@ -161,11 +183,14 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
-def _heading(config: RunConfig, found: Estimate) -> str:
+def _heading(config: Trains, found: Estimate) -> str:
     machine = found.machine
     assumed = " (assumed)" if machine.described else ""
     gpu = f"GPU {machine.gpu / GIB:.1f} GiB, " if found.on_gpu else ""
-    longest = f"{config.prompts.max_tokens} + {config.rollout.max_new_tokens} tokens"
+    if isinstance(config, RunConfig):
+        longest = f"{config.prompts.max_tokens} + {config.rollout.max_new_tokens} tokens"
+    else:
+        longest = f"{config.data.max_tokens} tokens"
     return (
         f"memory     {machine.name}: {gpu}host {machine.host / GIB:.1f} GiB{assumed}; "
         f"for sequences of {longest}, the longest that the config allows; all in GiB"
@@ -178,7 +203,7 @@ def _table(found: Estimate) -> Iterator[str]:
     width = max(22, *(len(p.what) for p in found.parts))
     for place, host in places:
         rows = [p for p in found.parts if p.host == host]
-        shown: list[Phase] = [p for p in PHASES if p != "load" or _loads(found, host)]
+        shown: list[Phase] = [p for p in found.phases if p != "load" or _loads(found, host)]
         yield f"{place:<10} {'':<{width}}" + "".join(f"{p:>11}" for p in shown) + "  formula"
         for part in rows:
             size = f"{part.size / GIB:.2f}"

@@ -24,6 +24,7 @@ from launch.memory_parts import (
     AWAKE,
     PHASES,
     RUNNING,
+    TRAINING,
     Part,
     Phase,
     default_batched_tokens,
@@ -33,6 +34,7 @@ from launch.memory_parts import (
 )
 from launch.placement import Plan
 from rlhf.config import RunConfig
+from rlhf.config_offline import OfflineConfig, Trains
 
 NF4_SERVED = 0.5 + 4 / 64
 """Bytes a weight in vLLM, which undoes the second quantisation when it loads."""
@@ -49,6 +51,8 @@ class Estimate:
     on_gpu: bool
     short: Mapping[str, int]
     """Engine -> bytes that its share lacks to hold one sequence of the longest; mostly negative."""
+    phases: tuple[Phase, ...] = PHASES
+    """Those that it goes through."""
 
     def at(self, phase: Phase, host: bool) -> int:
         """Bytes in a phase, in host or GPU memory."""
@@ -56,7 +60,7 @@ class Estimate:
 
     def peak(self, host: bool) -> tuple[Phase, int]:
         """The phase that needs most, and its bytes."""
-        phase = max(PHASES, key=lambda p: self.at(p, host))
+        phase = max(self.phases, key=lambda p: self.at(p, host))
         return phase, self.at(phase, host)
 
     def fits(self, spare: float = 0.0) -> bool:
@@ -67,14 +71,22 @@ class Estimate:
         return gpu and self.peak(host=True)[1] <= used * self.machine.host and served
 
 
-def learning(config: RunConfig, architecture: Architecture, on_gpu: bool) -> Learning:
+def learning(config: Trains, architecture: Architecture, on_gpu: bool) -> Learning:
     """The learner's memory at the longest sequences that the config allows."""
+    if isinstance(config, RunConfig):
+        prompt, completion = config.prompts.max_tokens, config.rollout.max_new_tokens
+    elif config.objective.needs.data == "pairs":
+        # The limit is on a prompt with one answer: a short prompt's two answers are longest.
+        prompt, completion = 1, config.data.max_tokens - 1
+    else:
+        # A label is scored by itself.
+        prompt, completion = config.data.max_tokens, 0
     return Learning(
         architecture,
         config.model,
         config.learner.micro_batch_tokens,
-        config.prompts.max_tokens,
-        config.rollout.max_new_tokens,
+        prompt,
+        completion,
         config.learner.gradient_checkpointing,
         on_gpu,
         config.learner.optimizer,
@@ -102,6 +114,18 @@ def estimate(
         found, lacks[f"judge {judge.spec.name}"] = judge_memory.parts(judge, machine, on_gpu)
         parts += found
     return Estimate(tuple(p for p in parts if p.size), machine, on_gpu, lacks)
+
+
+def estimate_offline(
+    config: OfflineConfig, device: str, machine: Machine, architecture: Architecture
+) -> Estimate:
+    """Every part of a training on a file. Pure: nothing is loaded or asked."""
+    on_gpu = device == "cuda"
+    held = learning(config, architecture, on_gpu)
+    parts = [*_process(on_gpu, vllm=False), *_learner(held)]
+    reference = config.objective.needs.reference
+    needed = [p for p in parts if p.size and (reference or p.what != "initial policy")]
+    return Estimate(tuple(needed), machine, on_gpu, {}, TRAINING)
 
 
 def _process(cuda: bool, vllm: bool) -> Iterable[Part]:

@@ -16,6 +16,7 @@ PHASES: tuple[Phase, ...] = ("load", "generate", "reference", "train", "publish"
 AWAKE: tuple[Phase, ...] = ("generate", "publish")
 ASLEEP: tuple[Phase, ...] = ("reference", "train")
 RUNNING: tuple[Phase, ...] = (*AWAKE, *ASLEEP)
+TRAINING: tuple[Phase, ...] = ("load", *ASLEEP)
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,11 +128,6 @@ def place_on(config: RunConfig, machine: Machine) -> Plan:
 def plan(config: RunConfig, machine: Machine) -> str:
     """What `train --dry-run` says of who runs where on a machine."""
     found = place_on(config, machine)
-    tuned = {
-        "full": "all weights, fp32 masters",
-        "lora": f"LoRA rank {config.model.lora.rank} on a {config.model.precision} base",
-        "qlora": f"LoRA rank {config.model.lora.rank} on an NF4 base",
-    }
     travels = {
         "merged": "merged weights, reloaded in place",
         "adapter": "the adapter alone, hot-loaded",
@@ -141,11 +136,7 @@ def plan(config: RunConfig, machine: Machine) -> str:
     per_round = rounds.prompts_per_round or "all"
     return "\n".join(
         [
-            f"placement  {config.placement.kind}, one process on {found.device} of {machine.name}"
-            + (f"; {machine.gpus - 1} more GPUs idle" if machine.gpus > 1 else ""),
-            f"learner    {config.model.path}: {tuned[config.model.tuning]}, "
-            f"{config.objective.name} beta {config.objective.beta:g}, "
-            f"learning rate {config.learning_rate:g}",
+            *_training(config, found.device, machine),
             f"generator  {found.engine}, {k} samples a prompt; weights travel as "
             f"{travels[found.sync]}",
             f"judges     {', '.join(j.name for j in config.judges.panel)}; audit: "
@@ -155,3 +146,37 @@ def plan(config: RunConfig, machine: Machine) -> str:
             f"{config.gates.max_drop:g}",
         ]
     )
+
+
+def plan_offline(config: OfflineConfig, machine: Machine) -> str:
+    """What `dpo --dry-run` says of who runs where on a machine."""
+    device = device_of(config, machine.gpus > 0, machine.capability)
+    data = config.data
+    longer = {
+        "drop": "train nothing",
+        "cut_prompt": "lose the beginning of their prompt",
+        "cut_answer": "lose the end of their answers",
+    }
+    return "\n".join(
+        [
+            *_training(config, device, machine),
+            f"data       {data.path}; records over {data.max_tokens} tokens "
+            f"{longer[data.too_long]}, more than {data.max_too_long:.0%} of them stop it",
+        ]
+    )
+
+
+def _training(config: Trains, device: str, machine: Machine) -> list[str]:
+    """Where the learner is and what it does."""
+    tuned = {
+        "full": "all weights, fp32 masters",
+        "lora": f"LoRA rank {config.model.lora.rank} on a {config.model.precision} base",
+        "qlora": f"LoRA rank {config.model.lora.rank} on an NF4 base",
+    }
+    return [
+        f"placement  {config.placement.kind}, one process on {device} of {machine.name}"
+        + (f"; {machine.gpus - 1} more GPUs idle" if machine.gpus > 1 else ""),
+        f"learner    {config.model.path}: {tuned[config.model.tuning]}, "
+        f"{config.objective.name} beta {config.objective.beta:g}, "
+        f"learning rate {config.learning_rate:g}",
+    ]

@@ -136,17 +136,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _no_secrets(self) -> RunConfig:
-        """The config is dumped, hashed and told to trackers."""
-        texts = list(_texts(self.model_dump()))
-        # Each look walks the whole environment: once for all, and again only to name the setting.
-        if secret_in("\n".join(text for _, text in texts)) is None:
-            return self
-        for name, text in texts:
-            if (found := secret_in(text)) is not None:
-                raise ValueError(
-                    f"{name} must hold no secret, but it holds {found}; leave it out here and set "
-                    "it in the environment (HF_TOKEN, WANDB_API_KEY and the like)"
-                )
+        refuse_secrets(self)
         return self
 
     @model_validator(mode="after")
@@ -200,11 +190,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _batches_hold_a_baseline(self) -> RunConfig:
-        if self.objective.needs.data == "labels" and self.learner.batch_pairs < 2:
-            raise ValueError(
-                f"learner.batch_pairs must be at least 2 with {self.objective.name}, whose "
-                f"baseline needs another answer in its step, got {self.learner.batch_pairs}"
-            )
+        refuse_lone_labels(self.objective, self.learner)
         return self
 
     @property
@@ -255,6 +241,30 @@ class RunConfig(Section):
 
     def _standard(self, values: dict[str, float]) -> dict[str, float]:
         return {d: v for d, v in values.items() if d in self.judges.dimensions}
+
+
+def refuse_secrets(config: Section) -> None:
+    """Raises ValueError where a text of the config, which is dumped, hashed and told to trackers,
+    holds a secret."""
+    texts = list(_texts(config.model_dump()))
+    # Each look walks the whole environment: once for all, and again only to name the setting.
+    if secret_in("\n".join(text for _, text in texts)) is None:
+        return
+    for name, text in texts:
+        if (found := secret_in(text)) is not None:
+            raise ValueError(
+                f"{name} must hold no secret, but it holds {found}; leave it out here and set "
+                "it in the environment (HF_TOKEN, WANDB_API_KEY and the like)"
+            )
+
+
+def refuse_lone_labels(objective: Objective, learner: Learner) -> None:
+    """Raises ValueError where an optimizer step would hold one label."""
+    if objective.needs.data == "labels" and learner.batch_pairs < 2:
+        raise ValueError(
+            f"learner.batch_pairs must be at least 2 with {objective.name}, whose "
+            f"baseline needs another answer in its step, got {learner.batch_pairs}"
+        )
 
 
 def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

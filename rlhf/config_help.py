@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from rlhf.config import RunConfig
 from rlhf.config_base import Section
+from rlhf.config_offline import OfflineConfig
 from rlhf.config_yaml import KeyPath, show
 
 _WORDS = {
@@ -28,7 +29,26 @@ def describe() -> str:
     lines = ["# Settings", "", _words(RunConfig.__doc__)]
     for name, info in RunConfig.model_fields.items():
         lines += _describe_section(name, info)
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_describe_offline()]) + "\n"
+
+
+def _describe_offline() -> list[str]:
+    """What `dpo` and `sweep` take: the sections that they share with a run by name alone."""
+    shared = [name for name in OfflineConfig.model_fields if name in RunConfig.model_fields]
+    named = ", ".join(f"`{name}`" for name in shared)
+    lines = ["", "# Settings of `pairloop dpo` and `pairloop sweep`", ""]
+    lines.append(f"{_words(OfflineConfig.__doc__)} {named} are as above, but for what stands here.")
+    for name, info in OfflineConfig.model_fields.items():
+        if name not in shared:
+            lines += _describe_section(name, info)
+            continue
+        (section,), (in_a_run,) = _inside(info)[0], _inside(RunConfig.model_fields[name])[0]
+        for key, inner in section.model_fields.items():
+            known = in_a_run.model_fields[key]
+            described = _describe_setting(f"{name}.{key}", inner)
+            if not _inside(inner)[0] and described != _describe_setting(f"{name}.{key}", known):
+                lines += ["", f"## {name}", "", *described]
+    return lines
 
 
 def _describe_section(path: str, info: FieldInfo) -> list[str]:

@@ -6,7 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf.config import Placement, Run, RunConfig, Tracking
+from rlhf.config import (
+    Placement,
+    Run,
+    RunConfig,
+    Tracking,
+    refuse_lone_labels,
+    refuse_secrets,
+)
 from rlhf.config_base import Section, Share
 from rlhf.config_learner import Learner, Model
 from rlhf.config_objective import Objective
@@ -49,12 +56,9 @@ class OfflineConfig(Section):
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
-    def _no_trackers(self) -> OfflineConfig:
-        if self.tracking.trackers:
-            raise ValueError(
-                "tracking.trackers is for `pairloop train`; here metrics.jsonl and stats.json hold "
-                "the numbers"
-            )
+    def _rules(self) -> OfflineConfig:
+        refuse_secrets(self)
+        refuse_lone_labels(self.objective, self.learner)
         return self
 
     @property

@@ -110,15 +110,23 @@ class Learner:
         tables = []
         for part, order in self._parts(table, round_index):
             data = data_of(part, self.config.objective)
-            wanted = data.unscored(order)
-            # An answer may be in several pairs.
-            numbers: dict[TokenPair, int] = {}
-            chosen = [numbers.setdefault(s, len(numbers)) for s in wanted]
-            found = np.empty(len(numbers))
-            for rows, batch, tokens_N in self._score(list(numbers), self.config.reference):
-                found[rows] = sequence_logps(tokens_N, batch).double().cpu().numpy()
-            tables.append(data.scored(order, found[chosen].tolist()))
+            sums = self._sums(data.unscored(order), self.config.reference)
+            tables.append(data.scored(order, sums))
         return pl.concat(tables)
+
+    def answer_logps(self, sequences: Sequence[TokenPair]) -> list[float]:
+        """Sum of each answer's log-probs (nats) under the policy as it stands, without gradient."""
+        return self._sums(sequences, "round_start")
+
+    def _sums(self, sequences: Sequence[TokenPair], kind: str) -> list[float]:
+        # An answer may be in several pairs.
+        numbers: dict[TokenPair, int] = {}
+        chosen = [numbers.setdefault(s, len(numbers)) for s in sequences]
+        found = np.empty(len(numbers))
+        for rows, batch, tokens_N in self._score(list(numbers), kind):
+            found[rows] = sequence_logps(tokens_N, batch).double().cpu().numpy()
+        sums: list[float] = found[chosen].tolist()
+        return sums
 
     def _score(
         self, sequences: Sequence[TokenPair], kind: str

@@ -17,16 +17,22 @@ from typing import Any
 
 import polars as pl
 
+from rlhf.advice import Facts, advice
 from rlhf.config_objective import Objective
 from rlhf.config_offline import Data, OfflineConfig
 from rlhf.errors import DataGateError, InputError
-from rlhf.examples import check_fits
+from rlhf.examples import LabelData, Order, PairData, check_fits, split_by_cluster
 from rlhf.files import atomic_folder, write_json
+from rlhf.held_out import answer_logps, compare, sample_rows
 from rlhf.learner import Learner
-from rlhf.metrics import Metrics
+from rlhf.metrics import Metrics, read_metrics
 from rlhf.pair_formats import Preferences, read_preferences
 from rlhf.protocols import Reporter
 from rlhf.rounds import RunStore
+from rlhf.tracking import Trackers, tracked_metrics
+
+_STEPS = "trainer/steps.jsonl"
+"""Every step's numbers until they are in stats.json."""
 
 Encode = Callable[[Sequence[Any]], list[int]]
 
@@ -38,6 +44,8 @@ class Tokens:
     prompt: Encode
     answer: Callable[[str], list[int]]
     end: int
+    text: Callable[[Sequence[int]], str]
+    """Ids as a person reads them, for samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,7 @@ class Parts:
     learner: Learner
     tokens: Tokens
     reporter: Reporter
+    trackers: Trackers
     check: Callable[[], None]
     """Raises Interrupted at a safe point after a signal."""
 
@@ -78,42 +87,78 @@ def run(config: OfflineConfig, store: RunStore, parts: Parts) -> dict[str, Any]:
         assert held is not None, "offline training holds clusters out"
         return learner.measure(learner.policy.model, held)
 
-    before = round.record("start", start)
-    metrics = Metrics(store.folder / "metrics.jsonl")
+    def answers(policy: Path | None) -> pl.DataFrame:
+        learner.policy.restore(policy)
+        return answer_logps(learner, held)
+
+    first = round.record("start", start)
+    held = split_by_cluster(table, config.learner.validation_share, config.run.seed)[1]
+    before = round.table("held_out/start", lambda: answers(None))
+    metrics = tracked_metrics(store.folder / "metrics.jsonl", parts.trackers)
     if not round.done("policy"):
-        _train(config, store, parts, table, reference)
+        _train(config, store, parts, metrics, table, reference)
+    after = round.table("held_out/end", lambda: answers(round.path / "policy"))
+    change = compare(before, after, config.run.seed)
+    steps = round.path / _STEPS
+    stats = round.record(
+        "stats", lambda: _stats(config, counts, first, read_metrics(steps)) | {"held_out": change}
+    )
     round.drop("trainer")
-    stats = round.record("stats", lambda: _stats(config, counts, before, metrics.read()))
     write_json(store.folder / "stats.json", stats)
-    best = stats["epochs"][stats["best_epoch"] - 1]
+    _tell(config, parts, metrics, stats)
+    parts.trackers.table(
+        1,
+        "held_out",
+        lambda: sample_rows(held, before, after, parts.tokens.text, config.tracking.samples),
+    )
     reason = f"epoch {stats['best_epoch']} of {len(stats['epochs'])} was best"
+    store.status("done", reason=reason, best_round=1, promoted=[1])
+    return stats
+
+
+def _tell(config: OfflineConfig, parts: Parts, metrics: Metrics, stats: Mapping[str, Any]) -> None:
+    """Say and track how it ended."""
+    best, held = stats["epochs"][stats["best_epoch"] - 1], stats["held_out"]
+    metrics.settle(1, "held_out", {name: held[name] for name in ("before", "after", "change")})
+    bounded = held["low"] is not None and held["high"] is not None
+    interval = f"{held['low']:+.3f} to {held['high']:+.3f}" if bounded else "unbounded"
     parts.reporter.say(
-        f"held out: loss {before['loss']:.4f} -> {best['validation_loss']:.4f}, accuracy "
-        f"{best['validation_accuracy']:.3f}; {reason}"
+        f"held out: loss {stats['start']['loss']:.4f} -> {best['validation_loss']:.4f}, accuracy "
+        f"{best['validation_accuracy']:.3f}; epoch {stats['best_epoch']} of "
+        f"{len(stats['epochs'])} was best"
+    )
+    parts.reporter.say(
+        f"held out: {held['measure']} {held['before']:.3f} -> {held['after']:.3f}, change "
+        f"{held['change']:+.3f} (95% interval {interval}; {held['examples']} examples of "
+        f"{held['clusters']} clusters)"
     )
     for line in stats["advice"]:
         parts.reporter.say(f"advice: {line}")
-    store.status("done", reason=reason, best_round=1, promoted=[1])
-    return stats
 
 
 def _train(
     config: OfflineConfig,
     store: RunStore,
     parts: Parts,
+    metrics: Metrics,
     table: pl.DataFrame,
     reference: pl.DataFrame | None,
 ) -> None:
     round, learner = store.round(1), parts.learner
-    metrics, planned, resumed = Metrics(store.folder / "metrics.jsonl"), learner.plan(table), False
+    planned, resumed = learner.plan(table), False
     each = planned // config.learner.epochs
+    # Every step, whatever trackers and metrics.jsonl get, so that stats.json is the same.
+    steps = Metrics(round.path / _STEPS)
 
     def on_step(step: int, values: dict[str, float]) -> None:
         nonlocal resumed
         if not resumed:
-            metrics.rewind(1, "train", after_step=step - 1)
+            for log in (steps, metrics):
+                log.rewind(1, "train", after_step=step - 1)
             resumed = True
-        metrics.log(1, "train", step, values)
+        steps.log(1, "train", step, values)
+        if step % config.tracking.log_steps == 0 or step % each == 0:
+            metrics.log(1, "train", step, values)
         parts.reporter.metrics("train", values)
         if step % each == 0:
             with atomic_folder(store.folder / "epochs" / f"{step // each:02d}") as folder:
@@ -133,9 +178,8 @@ def _stats(
     config: OfflineConfig,
     counts: Mapping[str, int],
     start: Mapping[str, float],
-    lines: Sequence[Mapping[str, Any]],
+    steps: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    steps = [line for line in lines if line["stage"] == "train"]
     ends = [number for number, step in enumerate(steps) if "validation_loss" in step]
     epochs = []
     for number, (first, last) in enumerate(pairwise([-1, *ends]), start=1):
@@ -164,6 +208,33 @@ def _stats(
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a training has before it, told from the file alone: records by split, and steps."""
+
+    train: int
+    held_out: int
+    clusters: int
+    steps: int
+    """At most: what turns out empty, identical or too long takes no part."""
+
+
+def outline(config: OfflineConfig) -> Outline:
+    """Read the file, without tokenizer or model.
+
+    Raises InputError where it can't be read or doesn't fit the objective.
+    """
+    learner, needs = config.learner, config.objective.needs
+    preferences = _read(config.data, config.objective)
+    names = [_names(record)[1] for record in preferences.table.iter_rows(named=True)]
+    table = pl.DataFrame({"cluster": names})
+    training, held = split_by_cluster(table, learner.validation_share, config.run.seed)
+    order = Order(config.run.seed, 1, learner.epochs, learner.batch_pairs)
+    least = (PairData if needs.data == "pairs" else LabelData).least
+    steps = len(order.steps(training.height, least))
+    return Outline(training.height, held.height, len(set(names)), steps)
+
+
 def _card(config: OfflineConfig, which: str) -> str:
     """README.md of a stored policy. The same training gives the same bytes."""
     objective = config.objective
@@ -184,8 +255,7 @@ def read_examples(
     A cluster is the file's own, else the prompt. Raises InputError where the file can't be read or
     doesn't fit the objective, DataGateError where too many records are too long or none is left.
     """
-    preferences = read_preferences(Path(data.path), data.format, data.columns)
-    check_fits(objective, preferences.table.columns, data.path)
+    preferences = _read(data, objective)
     rows, counts = [], {"records": preferences.table.height, "empty": 0, "identical": 0}
     counts |= {"too_long": 0, "kept": 0}
     for number, record in enumerate(preferences.table.iter_rows(named=True)):
@@ -210,6 +280,12 @@ def read_examples(
     return pl.DataFrame(rows, schema=_schema(preferences)), counts
 
 
+def _read(data: Data, objective: Objective) -> Preferences:
+    preferences = read_preferences(Path(data.path), data.format, data.columns)
+    check_fits(objective, preferences.table.columns, data.path)
+    return preferences
+
+
 def fit(
     prompt: list[int], answers: list[list[int]], data: Data
 ) -> tuple[list[int], list[list[int]]] | None:
@@ -232,13 +308,11 @@ def fit(
 def _tokenised(
     record: Mapping[str, Any], number: int, answers: Sequence[str], tokens: Tokens
 ) -> dict[str, Any]:
-    prompt = record["prompt"]
-    said = "\n\n".join(m["content"] for m in prompt)
-    prompt_id = record["prompt_id"] or sha256(said.encode()).hexdigest()[:16]
+    prompt_id, cluster = _names(record)
     row: dict[str, Any] = {
         "prompt_id": prompt_id,
-        "cluster": record["cluster"] or sha256(" ".join(said.lower().split()).encode()).hexdigest(),
-        "prompt_token_ids": tokens.prompt(prompt),
+        "cluster": cluster,
+        "prompt_token_ids": tokens.prompt(record["prompt"]),
     }
     for name in answers:
         if len(record[name]) != 1:
@@ -250,6 +324,15 @@ def _tokenised(
     if "label" in record:
         return {**row, "sample": number, "good": record["label"]}
     return {**row, "chosen_sample": 2 * number, "rejected_sample": 2 * number + 1}
+
+
+def _names(record: Mapping[str, Any]) -> tuple[str, str]:
+    """prompt_id and cluster: the file's own, else both from the prompt's text."""
+    said = "\n\n".join(m["content"] for m in record["prompt"])
+    return (
+        record["prompt_id"] or sha256(said.encode()).hexdigest()[:16],
+        record["cluster"] or sha256(" ".join(said.lower().split()).encode()).hexdigest(),
+    )
 
 
 def _schema(preferences: Preferences) -> pl.Schema:
@@ -272,54 +355,3 @@ def _check_counts(counts: Mapping[str, int], data: Data) -> None:
         )
     if not counts["kept"]:
         raise DataGateError(f"{data.path}: no record is left to train on: {dict(counts)}")
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What advice is given on: shares and log-ratios of the last epoch's end."""
-
-    full: bool
-    learning_rate: float
-    accuracy: float
-    """Share of training examples on the right side, at the end."""
-    first_loss: float
-    last_loss: float
-    chosen_logratio: float | None
-    """Mean log pi - log ref of chosen (good) held-out answers, nats a sequence."""
-    validation_losses: tuple[float, ...]
-
-
-def advice(facts: Facts) -> list[str]:
-    """What the numbers say, in plain words; nothing where they are as they should be."""
-    found = []
-    if facts.full and facts.learning_rate > 1e-5:
-        found.append(
-            f"learning rate {facts.learning_rate:g} is high for full fine-tuning: preferences are "
-            "usually learned at 1e-6 to 1e-5; lower learner.learning_rate"
-        )
-    if facts.accuracy > 0.99:
-        found.append(
-            f"overfit: the policy gets {facts.accuracy:.1%} of the training examples right, so it "
-            "knows them by heart; fewer learner.epochs, a lower learning rate, or a larger "
-            "objective.beta"
-        )
-    losses = facts.validation_losses
-    if len(losses) > 1 and losses[-1] > 1.02 * min(losses):
-        best = losses.index(min(losses)) + 1
-        found.append(
-            f"overfit: the held-out loss was lowest after epoch {best} ({min(losses):.4f}) and "
-            f"ended at {losses[-1]:.4f}; the weights of epoch {best} were kept"
-        )
-    if abs(facts.last_loss - facts.first_loss) < 0.01 * abs(facts.first_loss):
-        found.append(
-            f"stuck: the loss went from {facts.first_loss:.4f} to {facts.last_loss:.4f}; raise "
-            "learner.learning_rate, or look at the pairs: pairloop pairs analyze"
-        )
-    if facts.chosen_logratio is not None and facts.chosen_logratio < -5:
-        found.append(
-            "collapsing: chosen answers became "
-            f"{-facts.chosen_logratio:.1f} nats less likely than at the start, so the margin comes "
-            "from pushing both answers down; set objective.sft_weight to 0.1 or more, raise "
-            "objective.beta or lower the learning rate"
-        )
-    return found

@@ -17,11 +17,10 @@ from rlhf.config import RunConfig
 from rlhf.errors import DataGateError
 from rlhf.interrupts import Interrupts
 from rlhf.learner import Learner
-from rlhf.metrics import Metrics
 from rlhf.protocols import Reporter, Sampling, Serving
 from rlhf.rounds import Round, RunStore
 from rlhf.selection import Rules
-from rlhf.tracking import Trackers
+from rlhf.tracking import Trackers, tracked_metrics
 from rlhf.types import Completion, Prompt, completions_of, completions_table
 
 
@@ -58,9 +57,7 @@ class StageBase:
         self.parts = parts
         self.rules = Rules.of(config)
         self._last_ended = time.perf_counter()
-        self.metrics = Metrics(store.folder / "metrics.jsonl", self._tell)
-        self._noted: set[str] = set()
-        parts.trackers.replay(self.metrics.read())
+        self.metrics = tracked_metrics(store.folder / "metrics.jsonl", parts.trackers, self._show)
 
     def generate(
         self,
@@ -151,17 +148,11 @@ class StageBase:
         """Where a version is stored; None for the start."""
         return None if version == 0 else self.store.round(version).path / "policy"
 
-    def _tell(self, round: int | None, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Show and track a line of metrics.jsonl, and note there which trackers that cost."""
+    def _show(self, round: int | None, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Show a line of metrics.jsonl."""
         if stage in ("train", "held_out"):
             shown = {k: v for k, v in values.items() if isinstance(v, float)}
             self.parts.reporter.metrics(f"round {round} {stage}", shown)
-        self.parts.trackers.log(round, stage, step, values)
-        for name in sorted(self.parts.trackers.lost.keys() - self._noted):
-            self._noted.add(name)
-            lines = [line for line in self.metrics.read() if line["stage"] == "lost_tracker"]
-            why = {"tracker": name, "reason": self.parts.trackers.lost[name]}
-            self.metrics.log(round, "lost_tracker", len(lines) + 1, why)
 
     def shards(self, prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
         size = self.config.rollout.shard_prompts

@@ -23,7 +23,7 @@ import polars as pl
 from rlhf.config import Tracking
 from rlhf.errors import InputError, PairloopError
 from rlhf.files import make_folder, read_json, write_json
-from rlhf.metrics import Metrics
+from rlhf.metrics import Log, Metrics
 from rlhf.protocols import TrackedRun, Tracker
 from rlhf.redaction import mask
 from rlhf.types import Prompt
@@ -180,13 +180,32 @@ class Trackers:
             )
 
 
+def tracked_metrics(path: Path, trackers: Trackers, show: Log = lambda *_: None) -> Metrics:
+    """metrics.jsonl, each line of which `show` and then the trackers hear too; which of them that
+    cost is noted there. They are told at once what they missed so far."""
+    noted: set[str] = set()
+
+    def tell(round: int | None, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        show(round, stage, step, values)
+        trackers.log(round, stage, step, values)
+        for name in sorted(trackers.lost.keys() - noted):
+            noted.add(name)
+            lines = [line for line in metrics.read() if line["stage"] == "lost_tracker"]
+            why = {"tracker": name, "reason": trackers.lost[name]}
+            metrics.log(round, "lost_tracker", len(lines) + 1, why)
+
+    metrics = Metrics(path, tell)
+    trackers.replay(metrics.read())
+    return metrics
+
+
 def pair_rows(pairs: pl.DataFrame, count: int) -> list[dict[str, str | float]]:
     """At most `count` of a round's pairs (schema `pairs_schema`), from largest margin to smallest.
 
     Evenly spaced in that order, ties by prompt_id, so that the same pairs give the same rows.
     """
     ordered = pairs.sort("margin", "prompt_id", descending=[True, False])
-    some = ordered[_spread(ordered.height, count)]
+    some = ordered[spread(ordered.height, count)]
     return [
         {
             "prompt": row["prompt"],
@@ -218,7 +237,7 @@ def answer_rows(
     ]
 
 
-def _spread(length: int, count: int) -> list[int]:
+def spread(length: int, count: int) -> list[int]:
     """`count` positions, evenly from first to last; all where there are no more."""
     if length <= count:
         return list(range(length))

@@ -16,6 +16,7 @@ from rlhf import config_help, config_io
 from rlhf.config import RunConfig
 from rlhf.config_judges import LlmSpec, VerifierSpec
 from rlhf.config_objective import OBJECTIVES
+from rlhf.config_offline import Data, OfflineConfig
 from rlhf.config_yaml import Reader
 from rlhf.errors import InputError
 
@@ -448,8 +449,13 @@ def test_every_neutral_name_is_a_setting_or_a_section() -> None:
 
 def test_the_reference_describes_every_setting() -> None:
     text = config_help.describe()
-    for name in config_help.leaves():
-        assert f"- `{name}`: " in text, name
+    for root in (RunConfig, OfflineConfig):
+        for name in config_help.leaves(root):
+            assert f"- `{name}`: " in text, name
+    run, offline = text.split("# Settings of `pairloop dpo`")
+    assert "`learner.validation_share`: a number >= 0 and < 1; default 0.0." in run
+    assert "`learner.validation_share`: a number > 0 and < 1; default 0.1." in offline
+    assert offline.count("- `") == len(Data.model_fields) + 1
     assert "`rollout.temperature`: a number > 0 and <= 2; default 0.7." in text
     assert "Varied enough to differ" in text
     assert "`model.path`: text; required." in text
@@ -468,5 +474,5 @@ def test_every_key_has_a_reader() -> None:
     # An objective's function takes its settings by name; the weight is read with its default in.
     read |= {setting for needs in OBJECTIVES.values() for setting in needs.settings}
     read |= {"sft_weight"} if "sft" in read else set()
-    unread = [name for name in config_help.leaves() if name.rsplit(".", 1)[-1] not in read]
-    assert unread == []
+    names = [*config_help.leaves(), *config_help.leaves(OfflineConfig)]
+    assert [name for name in names if name.rsplit(".", 1)[-1] not in read] == []

@@ -14,12 +14,19 @@ import pytest
 import yaml
 
 import launch.offline
+from launch.architectures import find
 from launch.cli import main
+from launch.machines import parse
+from launch.memory import estimate_offline, learning
+from rlhf.advice import Facts, advice
 from rlhf.config_io import load_as
+from rlhf.config_learner import Model
 from rlhf.config_objective import Objective
 from rlhf.config_offline import Data, OfflineConfig
 from rlhf.errors import DataGateError, InputError, Interrupted
-from rlhf.offline import Facts, Tokens, advice, fit, read_examples
+from rlhf.held_out import compare
+from rlhf.offline import Tokens, fit, read_examples
+from rlhf.protocols import TrackedRun
 
 GOOD, BAD = ("yes", "sure", "right", "fine", "well"), ("no", "never", "wrong", "bad", "poor")
 
@@ -69,7 +76,7 @@ def by_word(text: str) -> list[int]:
     return [int(w[1:]) if w[1:].isdecimal() else 20 + sum(map(ord, w)) for w in text.split()]
 
 
-TOKENS = Tokens(lambda messages: by_word(messages[-1]["content"]), by_word, 2)
+TOKENS = Tokens(lambda messages: by_word(messages[-1]["content"]), by_word, 2, str)
 
 
 def test_a_training_learns_held_out_preferences_and_says_so(
@@ -164,6 +171,140 @@ def test_kto_trains_on_a_file_of_labels_and_pairs_are_refused(
     assert stats["epochs"][-1]["validation_loss"] < stats["start"]["loss"]
 
 
+def test_a_dry_run_tells_plan_memory_and_steps_without_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A model known by its name alone: no file of it is here.
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    config = write_config(tmp_path, Path("Qwen/Qwen2.5-7B-Instruct"), pairs)
+    command = ["dpo", str(config), "--dry-run"]
+    assert main([*command, "--machine", "1xA100-80GB"]) == 0
+    shown = capsys.readouterr().out
+    assert "  max_tokens: 1024\n" in shown
+    assert "placement  local, one process on cuda of 1xA100-80GB\n" in shown
+    assert "LoRA rank 4 on a fp32 base, dpo beta 0.2, learning rate 0.005\n" in shown
+    assert "GPU        fits: " in shown
+    assert "generate" not in shown and "publish" not in shown
+    # As `test_a_training_learns_held_out_preferences_and_says_so` has them.
+    assert "records    18 train, 6 held out, of 24 clusters" in shown
+    assert "steps      at most 9: 3 epochs of 3\n" in shown
+    assert not (tmp_path / "runs").exists()
+    assert main([*command, "--machine", "1xT4-16GB"]) == 0
+    shown = capsys.readouterr().out
+    assert "DOES NOT FIT" in shown
+    assert "smallest change: --" in shown or "together: --" in shown
+    # What a training would refuse, a dry run does.
+    for flag, error in (
+        ("--objective.name=kto", "kto trains on labels"),
+        ("--tracking.trackers=[abacus]", "must name tensorboard or wandb"),
+        ("--placement.device=cuda", "this machine shows no GPU"),
+    ):
+        assert main([*command, flag]) == 2
+        assert error in capsys.readouterr().err
+    assert main(["dpo", str(config), "--machine", "1xT4-16GB"]) == 2
+    assert "add --dry-run" in capsys.readouterr().err
+
+
+def test_the_memory_of_a_training_is_a_run_s_learner_without_generator_and_judges() -> None:
+    """Of pairs the longest example is a prompt of one token with two answers, of labels one
+    answer."""
+    values = {"model": {"path": "Qwen/Qwen2.5-7B-Instruct"}, "data": {"path": "x"}}
+    config = OfflineConfig.model_validate({**values, "learner": {"micro_batch_tokens": 1}})
+    on, known = parse("1xA100-80GB"), find("Qwen/Qwen2.5-7B-Instruct")
+    assert learning(config, known, on_gpu=True).tokens == 1 + 2 * 1023
+    labels = config.model_copy(update={"objective": Objective(name="kto")})
+    assert learning(labels, known, on_gpu=True).tokens == 1024
+    found = estimate_offline(config, "cuda", on, known)
+    assert {part.role for part in found.parts} == {"framework", "learner"}
+    full = config.model_copy(update={"model": Model(path="x", tuning="full")})
+    whole = estimate_offline(full, "cuda", on, known)
+    assert any(part.what == "initial policy" for part in whole.parts)
+    orpo = full.model_copy(update={"objective": Objective(name="orpo")})
+    alone = estimate_offline(orpo, "cuda", on, known)
+    assert not any(part.what == "initial policy" for part in alone.parts)
+
+
+class Listener:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self, _: Any) -> None:
+        self.lines: list[tuple[str, int, dict[str, float]]] = []
+        self.tables: dict[str, Any] = {}
+        self.state = ""
+
+    def start(self, run: TrackedRun) -> str:
+        self.run = run
+        return "here"
+
+    def log(self, round: int | None, stage: str, step: int, values: dict[str, float]) -> None:
+        self.lines.append((stage, step, values))
+
+    def table(self, round: int, name: str, rows: Any) -> None:
+        self.tables[name] = rows
+
+    def finish(self, state: str) -> None:
+        self.state = state
+
+
+def test_trackers_hear_of_a_training_and_thinned_lines_change_no_result(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    made: list[Listener] = []
+
+    def listen(settings: Any) -> Listener:
+        made.append(Listener(settings))
+        return made[-1]
+
+    monkeypatch.setattr("rlhf.tracking.KNOWN", {"mine": "test_offline:listen"})
+    monkeypatch.setattr("test_offline.listen", listen, raising=False)
+    stats = []
+    for name, log_steps in (("each", 1), ("some", 2)):
+        tracking = {"trackers": ["mine"], "samples": 2, "log_steps": log_steps}
+        settings: dict[str, dict[str, Any]] = {"tracking": tracking, "run": {"name": name}}
+        config = write_config(tmp_path, tiny_model, pairs, **settings)
+        assert main(["dpo", str(config), "--learner.epochs", "1"]) == 0
+        stats.append(json.loads((tmp_path / "runs" / name / "stats.json").read_text()))
+    assert stats[0] == stats[1]
+    every, some = made
+    steps = [[s for stage, s, _ in heard.lines if stage == "train"] for heard in made]
+    # The last of three closes the epoch.
+    assert steps == [[1, 2, 3], [2, 3]]
+    (end,) = (values for stage, _, values in every.lines if stage == "held_out")
+    held = stats[0]["held_out"]
+    assert end == {name: held[name] for name in ("before", "after", "change")}
+    rows = some.tables["held_out"]
+    assert len(rows) == 2
+    assert rows[0]["prompt"].startswith("user\nquestion") or "question" in rows[0]["prompt"]
+    gained = [row["margin after"] - row["margin before"] for row in rows]
+    assert gained[0] > gained[1]
+    assert every.run.config["data"]["path"] == str(pairs)
+    assert (every.state, some.state) == ("done", "done")
+
+
+def test_held_out_change_is_paired_and_over_clusters() -> None:
+    about = {"prompt_id": ["a", "b", "c", "d"], "cluster": ["x", "x", "y", "z"]}
+    before = pl.DataFrame({**about, "chosen": [-2.0, -1, -5, -1], "rejected": [-1.0, -2, -4, -2]})
+    after = before.with_columns(chosen=pl.Series([-0.5, -1.0, -5.0, -3.0]))
+    found = compare(before, after, seed=0)
+    # a turned right, b and c stayed, d turned wrong.
+    assert (found["measure"], found["examples"], found["clusters"]) == ("preferred", 4, 3)
+    assert (found["before"], found["after"], found["change"]) == (0.5, 0.5, 0.0)
+    assert found["low"] < 0 < found["high"]
+    assert compare(before, before, seed=0)["change"] == 0.0
+    labels = pl.DataFrame(
+        {**about, "good": [True, True, False, False], "completion": [-1.0, -1, -1, -1]}
+    )
+    moved = labels.with_columns(completion=pl.Series([-0.5, -2.0, -3.0, -1.0]))
+    found = compare(labels, moved, seed=0)
+    # Up and good, down and good, down and bad, unmoved.
+    assert (found["measure"], found["before"], found["after"]) == (
+        "moved",
+        0.5,
+        (1 + 0 + 1 + 0.5) / 4,
+    )
+
+
 def test_records_that_can_not_train_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     rows = [("t11 t12", "t13", "t14"), ("t11", "t15", "t15"), ("t11", "", "t14")]
@@ -234,7 +375,8 @@ def test_advice_is_given_where_the_numbers_say_so(
         ({"data.pth": "x"}, r"unknown key data\.pth.*did you mean path"),
         ({"rounds.count": "2"}, r"unknown key rounds"),
         ({"learner.validation_share": "0"}, r"learner\.validation_share must be .* > 0"),
-        ({"tracking.trackers": "[wandb]"}, r"tracking\.trackers is for `pairloop train`"),
+        ({"model.path": "https://me:letmein@host/model"}, r"model\.path must hold no secret"),
+        ({"objective.name": "kto", "learner.batch_pairs": "1"}, r"batch_pairs must be at least 2"),
     ],
 )
 def test_settings_are_checked_as_in_a_run(

@@ -124,6 +124,7 @@ SHOWS = {
     "pairloop doctor": "checks: ",
     "pairloop doctor run.yaml": "checks: ",
     "pairloop dpo run.yaml": "runs/offline/stats.json",
+    "pairloop dpo run.yaml --dry-run": "steps      at most ",
     "pairloop import-adapter OLD NEW": "2 tensors: NEW",
     "python benchmarks/dpo_step.py": "--sizes",
     "python benchmarks/memory.py": "--case",
