@@ -127,6 +127,39 @@ def dpo(
 
 
 @app.command
+def sweep(
+    config: Path,
+    /,
+    *more: Path,
+    held_out: Path | None = None,
+    plain: Annotated[bool, Flag] = False,
+    overrides: Overrides = (),
+) -> int:
+    """Train on a preference file once for each value of a setting, and compare.
+
+    Several values are parted by commas: --objective.beta 0.05,0.1,0.2,0.5; of several such settings
+    every combination is trained. The same command goes on where it stopped.
+
+    Parameters
+    ----------
+    config
+        YAML file as for dpo.
+    more
+        Further YAML files; later ones win, key by key.
+    held_out
+        Config of a run on the same model: every point answers its gate prompts, its judges score.
+    plain
+        Plain lines, no progress bars: --tracking.plain true.
+    """
+    from rlhf.sweep import grid
+
+    folder, points = grid([config, *more], _with_plain(plain, overrides))
+    from launch.sweep import sweep as run
+
+    return run(folder, points, held_out)
+
+
+@app.command
 def import_adapter(old: Path, new: Path, /) -> int:
     """Write an older adapter's adapter_model.bin as safetensors; nothing in the pickle is run.
 

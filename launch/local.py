@@ -58,11 +58,11 @@ def run(config: RunConfig) -> Outcome:
             f"run {store.folder}: {plan.engine} on {plan.device} in "
             f"{config.model.precision}, weights {plan.sync}"
         )
-        watch = _Watch(terminal, trackers, interrupts)
+        watchers = Watchers(terminal, trackers, interrupts)
         try:
             trackers.start(config.run.name, resolved(config), store.folder / "trackers")
             judging.open(store.folder / "judges", terminal.say)
-            with _wired(config, plan, store, judging, watch) as parts:
+            with wired(config, plan, store, judging, watchers) as parts:
                 from rlhf import online_dpo
 
                 outcome = online_dpo.run(config, store, parts)
@@ -89,7 +89,7 @@ def run(config: RunConfig) -> Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class _Watch:
+class Watchers:
     """Who watches a run, and may ask it to stop."""
 
     terminal: Terminal
@@ -112,12 +112,12 @@ def rehearse(config: RunConfig) -> str:
 
 
 @contextmanager
-def _wired(
+def wired(
     config: RunConfig,
     plan: Plan,
     store: RunStore,
     judging: Judging,
-    watch: _Watch,
+    watchers: Watchers,
 ) -> Iterator[Parts]:
     """The parts of a run; frees generator and judges at the end."""
     from rlhf.learner import Learner
@@ -130,16 +130,16 @@ def _wired(
     tokenizer = load_tokenizer(config.model, path)
     pools = load_pools(config.prompts, config.run.seed, prompt_encoder(tokenizer))
     for line in (_counted(pools), *_calls(config, pools, judging)):
-        watch.terminal.say(line)
+        watchers.terminal.say(line)
     policy = Policy(config.model, path, plan.device, config.run.seed)
-    learner = Learner(policy, config, watch.terminal.say)
+    learner = Learner(policy, config, watchers.terminal.say)
     serving = Serving(
         lambda: _generator(config, plan, policy, pools),
         learner,
         plan.sync,
         store.folder / "published",
         pools.train,
-        lambda found: watch.terminal.say(_parity_line(found)),
+        lambda found: watchers.terminal.say(_parity_line(found)),
     )
     try:
         yield Parts(
@@ -155,9 +155,9 @@ def _wired(
             watch=judging.watch,
             prompt_table=prompt_table,
             counts=pools.counts,
-            reporter=watch.terminal,
-            trackers=watch.trackers,
-            interrupts=watch.interrupts,
+            reporter=watchers.terminal,
+            trackers=watchers.trackers,
+            interrupts=watchers.interrupts,
         )
     finally:
         serving.close()

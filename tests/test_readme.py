@@ -125,6 +125,7 @@ SHOWS = {
     "pairloop doctor run.yaml": "checks: ",
     "pairloop dpo run.yaml": "runs/offline/stats.json",
     "pairloop dpo run.yaml --dry-run": "steps      at most ",
+    "pairloop sweep run.yaml --objective.beta 0.05,0.1,0.2,0.5": "runs/offline/sweep.html",
     "pairloop import-adapter OLD NEW": "2 tensors: NEW",
     "python benchmarks/dpo_step.py": "--sizes",
     "python benchmarks/memory.py": "--case",
@@ -174,6 +175,15 @@ def filed(folder: Path) -> None:
     (folder / "run.yaml").write_text(re.sub(r"path: package:[^,]+", "path: tiny", config))
     rows = [{"prompt": f"Is {i} open?", "chosen": "Yes.", "rejected": "No."} for i in range(20)]
     jsonl(folder / "pairs.jsonl", *rows)
+
+
+def swept(folder: Path) -> None:
+    """As `filed`, with less to do for each point."""
+    filed(folder)
+    config = (folder / "run.yaml").read_text()
+    quick = config.replace("precision: bf16", "precision: fp32").replace("epochs: 3", "epochs: 1")
+    assert quick.count("fp32") == quick.count("epochs: 1") == 1
+    (folder / "run.yaml").write_text(quick)
 
 
 def adapted(folder: Path) -> None:
@@ -236,6 +246,7 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "pairloop judge sample": ran,
     "pairloop pairs": paired,
     "pairloop dpo": filed,
+    "pairloop sweep": swept,
     "pairloop import-adapter": adapted,
     "pairloop report": ran,
 }
