@@ -14,8 +14,11 @@ from test_offline import write_config, write_pairs
 
 import launch.sweep
 from launch.cli import main
+from launch.machines import this_machine
+from launch.placement import settle
 from rlhf.config_offline import OfflineConfig
 from rlhf.errors import InputError, Interrupted
+from rlhf.rounds import RunStore
 from rlhf.sweep import grid, outcome, rows, values_of
 from rollout.transformers_generator import TransformersGenerator
 
@@ -74,9 +77,9 @@ def stats_of(epoch: dict[str, float]) -> dict[str, Any]:
 def finish(config: OfflineConfig) -> int:
     """A point's training, its numbers made up."""
     ends = {"logratio_chosen": 1.0, "logratio_rejected": -3.0, "loss": 0.5}
-    folder = Path(config.run.directory) / config.run.name
-    folder.mkdir(parents=True, exist_ok=True)
     stats = stats_of({f"validation_{name}": value for name, value in ends.items()})
+    with RunStore.open(settle(config, this_machine())) as store:
+        folder = store.folder
     (folder / "stats.json").write_text(json.dumps(stats))
     (folder / "status.json").write_text(json.dumps({"state": "done"}))
     return 0
