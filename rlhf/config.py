@@ -111,8 +111,9 @@ class Tracking(Section):
     trackers: list[str] = Field(default_factory=list)
     """`wandb`, `tensorboard`, or both: told what goes to metrics.jsonl, and tables of samples."""
     samples: Annotated[int, Field(ge=0)] = 16
-    """Pairs, and greedy answers before and after, in each round's tables for trackers. With wandb
-    online these texts leave the machine; 0 keeps them here."""
+    """Pairs, and greedy answers before and after, in each round's tables for trackers; held-out
+    records in a training on a file. With wandb online these texts leave the machine; 0 keeps them
+    here."""
     wandb: Wandb = Wandb()
 
 
