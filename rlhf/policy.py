@@ -10,7 +10,6 @@ base that rests in half precision.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,18 +33,11 @@ from rlhf.adapters import ADAPTER, check_adapter
 from rlhf.config_learner import Model
 from rlhf.errors import InputError
 from rlhf.files import atomic_folder
+from rlhf.model_cache import made_of
 from rlhf.types import Message
 from rlhf.weights import dequantised, load_base, named_weights, read_weights, write_into
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def model_cache() -> Path:
-    """Where converted models are kept: `$XDG_CACHE_HOME/pairloop/models`."""
-    import os
-
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "pairloop" / "models"
 
 
 def materialise(path: str) -> str:
@@ -58,9 +50,7 @@ def materialise(path: str) -> str:
         return path
     if not source.is_file():
         raise InputError(f"model.path: there is no file {source}")
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    target = model_cache() / f"{source.stem}-{digest}"
+    target = made_of(source)
     if target.is_dir():
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)
