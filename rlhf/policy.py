@@ -211,7 +211,7 @@ class Policy:
         """A Hugging Face folder (PEFT adapter, or fp32 masters) with tokenizer and model card."""
         if not self.config.whole:
             assert isinstance(self.model, PeftModel)
-            weights = get_peft_model_state_dict(self.model, adapter_name="default")
+            weights = self._adapter_weights()
             save_file(
                 {n: t.detach().cpu().contiguous() for n, t in sorted(weights.items())},
                 folder / ADAPTER,
@@ -246,11 +246,18 @@ class Policy:
         else:
             weights = load_file(folder / ADAPTER)
             # PEFT loads what fits and says nothing of the rest.
-            expected = get_peft_model_state_dict(self.model, adapter_name="default").keys()
+            expected = self._adapter_weights().keys()
             if weights.keys() != expected:
                 odd = sorted(weights.keys() ^ expected)[:3]
                 raise InputError(f"{folder}: not this policy's adapter: {odd} on one side only")
             set_peft_model_state_dict(self.model, weights, adapter_name="default")
+
+    def _adapter_weights(self) -> dict[str, Tensor]:
+        # Unless told that no embedding is saved, PEFT asks the hub whether one was resized.
+        weights: dict[str, Tensor] = get_peft_model_state_dict(
+            self.model, adapter_name="default", save_embedding_layers=False
+        )
+        return weights
 
     def begin_round(self) -> None:
         """Where each round has an adapter of its own, draw it, with torch's generator: another
