@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import InputError
+from rlhf.files import atomic_write
+from rlhf.model_cache import made_of
 from rollout.imports import resolve_path
 
 GATED = ("gemma", "llama", "mistral", "qwen2", "qwen3")
@@ -205,8 +207,20 @@ def find(path: str, revision: str | None = None) -> Architecture:
     )
 
 
-@cache
 def _gguf(path: Path) -> dict[str, Any]:
+    """`_header`, read once a user: it takes seconds, since it holds the whole vocabulary."""
+    kept = made_of(path, ".config.json")
+    if kept.is_file():
+        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+    found = _header(path)
+    # Without a cache that can be written it is read again, every time.
+    with suppress(OSError, InputError):
+        atomic_write(kept, json.dumps(found).encode())
+    return found
+
+
+def _header(path: Path) -> dict[str, Any]:
     """A GGUF file's header, under the names of a Hugging Face config."""
     from gguf import GGUFReader
 

@@ -147,7 +147,8 @@ def _candidates(config: Trains) -> Iterator[Group]:
         "learner.gradient_checkpointing",
         [] if learner.gradient_checkpointing else [True],
     )
-    tunings = {"full": ["lora", "qlora"], "lora": ["qlora"], "qlora": []}
+    smaller = [] if config.model.merges else ["qlora"]
+    tunings = {"full": ["lora", "qlora"], "lora": smaller, "qlora": []}
     yield "model.tuning", list(tunings[config.model.tuning])
     if isinstance(config, RunConfig):
         yield "prompts.max_tokens", _halved(config.prompts.max_tokens, 128)

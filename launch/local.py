@@ -185,7 +185,7 @@ def _generator(config: RunConfig, plan: Plan, policy: Any, pools: Pools) -> Gene
         Served(
             base=policy.path,
             stop_ids=policy.stop_ids,
-            lora_rank=config.model.lora.rank,
+            lora_rank=policy.rank,
             quantised=config.model.tuning == "qlora",
         ),
         EngineOptions(

@@ -147,7 +147,7 @@ def _learner(held: Learning) -> Iterable[Part]:
         said = f"{4 if held.full else c} B x {total}"
     yield Part("learner", "weights", held.base, said, PHASES, host)
     if not held.full:
-        copies = 2 if held.model.adapter is not None else 1
+        copies = 2 if held.model.adapter is not None and not held.model.merges else 1
         size = 4 * copies * held.adapter
         said = f"4 B x {millions(copies * held.adapter)}, rank {held.model.lora.rank}"
         yield Part("learner", "adapter", size, said, RUNNING, host)
@@ -156,9 +156,14 @@ def _learner(held: Learning) -> Iterable[Part]:
     if held.on_gpu and held.model.tuning != "qlora":
         passing = "the weights, on their way to the GPU"
         yield Part("learner", "weights", held.base, passing, ("load",), True)
-    if held.full:
+    if held.model.merges and held.model.adapter is not None:
+        said = f"4 B x {total}, the adapter merged into it"
+        yield Part("learner", "start in fp32", 4 * a.parameters, said, ("load",), True)
+    if held.model.whole:
         # KL to the start is measured after every round, whatever the objective's reference.
-        said = f"4 B x {total}, loaded for one pass: reference, KL to the start"
+        said = (
+            f"{4 if held.full else c} B x {total}, loaded for one pass: reference, KL to the start"
+        )
         yield Part("learner", "initial policy", held.base, said, ("reference",), host)
     shape = f"{held.tokens:,} tokens, logits of {held.scored:,}"
     yield Part("learner", "scoring", held.scoring, shape, ("reference",), host)
@@ -193,6 +198,9 @@ def _moments_said(held: Learning) -> str:
 
 def _publishing(plan: Plan, held: Learning) -> Iterable[Part]:
     a, c, host = held.architecture, held.compute, not held.on_gpu
+    if held.model.merges:
+        said = f"4 B x {millions(a.parameters)}, what the adapter is merged into, and is stored"
+        yield Part("publish", "stored version", 4 * a.parameters, said, ("publish",), True)
     if plan.sync == "merged":
         said = f"4 B x {millions(a.linear)}, base + adapter"
         merged = 0 if held.full else 4 * a.linear

@@ -50,6 +50,11 @@ def place(
     tuning = config.model.tuning
     if config.rollout.sync == "adapter" and tuning == "full":
         raise InputError("rollout.sync adapter needs model.tuning lora or qlora, got full")
+    if config.rollout.sync == "adapter" and config.model.merges:
+        raise InputError(
+            "rollout.sync adapter needs model.lora.rounds carry, got new, where each version is a "
+            "whole model and its adapter is on other weights than the generator's; use merged"
+        )
     # Transformers would serve the adapter on the base as it is on disk, not on the NF4 one.
     same_base = tuning != "qlora" or engine == "vllm"
     if config.rollout.sync == "adapter" and not same_base:
@@ -58,7 +63,7 @@ def place(
             "transformers, whose base is not the NF4 one that the adapter is trained on; use "
             "rollout.sync merged"
         )
-    adapter = tuning != "full" and on_gpu and same_base
+    adapter = not config.model.whole and on_gpu and same_base
     automatic: Literal["adapter", "merged"] = "adapter" if adapter else "merged"
     sync = automatic if config.rollout.sync == "auto" else config.rollout.sync
     if sync == "adapter" and tuning == "qlora" and not vllm_nf4:
@@ -170,7 +175,8 @@ def _training(config: Trains, device: str, machine: Machine) -> list[str]:
     """Where the learner is and what it does."""
     tuned = {
         "full": "all weights, fp32 masters",
-        "lora": f"LoRA rank {config.model.lora.rank} on a {config.model.precision} base",
+        "lora": f"LoRA rank {config.model.lora.rank} on a {config.model.precision} base"
+        + (", a new one each round, merged into the last version" if config.model.merges else ""),
         "qlora": f"LoRA rank {config.model.lora.rank} on an NF4 base",
     }
     return [

@@ -12,6 +12,7 @@ import pickle
 import re
 import shlex
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -27,13 +28,32 @@ from rlhf.files import atomic_folder
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 OLDER = "adapter_model.bin"
+PLAIN_SETTINGS = {
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+    "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
+    "alpha_pattern", "task_type", "inference_mode", "base_model_name_or_path", "revision",
+    "peft_type", "peft_version", "auto_mapping", "megatron_core", "runtime_config", "eva_config",
+    "lora_ga_config", "loftq_config", "corda_config", "qalora_group_size",
+}  # fmt: skip
+"""Settings of a LoRA adapter that is W + scale * B A, whatever they say."""
+_INITS = ("gaussian", "orthogonal", "eva", "lora_ga")
+"""Initialisations by name that leave the base as it is. PiSSA, OLoRA, CorDA and LoftQ subtract from
+it when PEFT loads the adapter, which nobody else does."""
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
 
 
 def check_adapter(folder: Path) -> None:
-    """Raises InputError where `model.adapter` is not a PEFT folder with safetensors."""
+    """Raises InputError where `model.adapter` is not a PEFT folder with a plain LoRA adapter in
+    safetensors: W + scale * B A and nothing else, which can be merged and which vLLM can load."""
     if not (folder / CONFIG).is_file():
         raise InputError(f"model.adapter: {folder} is not a PEFT folder ({CONFIG})")
+    beyond = _beyond_plain(_config(folder / CONFIG))
+    if beyond:
+        raise InputError(
+            f"model.adapter: {folder} must be a plain LoRA adapter, got one with "
+            f"{', '.join(beyond)}: it can't be merged, or vLLM can't load it; merge it into its "
+            "base with PEFT (`merge_and_unload`) and name the result in model.path"
+        )
     if (folder / ADAPTER).is_file():
         return
     if (folder / OLDER).is_file():
@@ -77,6 +97,22 @@ def _config(path: Path) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise InputError(f"{path}: peft_type must be LORA, got {values.get('peft_type')}")
     return config
+
+
+def _beyond_plain(config: LoraConfig) -> list[str]:
+    """What of an adapter's config is more than a plain LoRA, as `setting value`."""
+    default = LoraConfig()
+    beyond = [
+        f"{field.name} {getattr(config, field.name)!r}"
+        for field in fields(config)
+        # Unset is written as None, an empty list or an empty mapping.
+        if field.name not in PLAIN_SETTINGS
+        and (getattr(config, field.name) or False) != (getattr(default, field.name) or False)
+    ]
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower() not in _INITS:
+        beyond.append(f"init_lora_weights {init!r}")
+    return beyond
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

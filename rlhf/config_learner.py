@@ -20,6 +20,12 @@ class Lora(Section):
     """Off: with one epoch a round there is little to overfit, and log-probs stay exact."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Layers that get an adapter; all linear layers beat attention alone at equal size."""
+    rounds: Literal["carry", "new"] = "carry"
+    """`carry`: one adapter is trained on round after round; versions are small. `new`: each round
+    trains a fresh one over the last version's weights, into which the last one is merged (ReLoRA,
+    Lialin et al. 2023); take it where many rounds are to learn more than one adapter of this rank
+    can hold. Versions are then whole models of 4 bytes a weight; not with qlora, whose base merging
+    would quantise anew."""
 
 
 class Model(Section):
@@ -53,7 +59,24 @@ class Model(Section):
             raise ValueError("trust_remote_code needs model.revision, so that the code is pinned")
         if self.adapter is not None and self.tuning == "full":
             raise ValueError("model.adapter needs model.tuning lora or qlora")
+        if self.lora.rounds == "new" and self.tuning == "qlora":
+            raise ValueError(
+                "model.lora.rounds new can't be had with model.tuning qlora: merging an adapter "
+                "into an NF4 base quantises it anew, which is another model; use carry, or lora"
+            )
+        if self.lora.rounds == "new" and self.tuning == "full":
+            raise ValueError("model.lora.rounds new needs model.tuning lora, got full")
         return self
+
+    @property
+    def merges(self) -> bool:
+        """Whether each round's adapter is merged into the weights, and the next one is new."""
+        return self.lora.rounds == "new"
+
+    @property
+    def whole(self) -> bool:
+        """Whether stored versions are whole models, not adapters over `path`."""
+        return self.tuning == "full" or self.merges
 
 
 class Learner(Section):

@@ -204,6 +204,7 @@ class Learner:
         # A round's start is fixed by its number, not by what this process drew before.
         if progress.step == 0:
             torch.manual_seed(_seed(self.config.run.seed, round_index))
+            self.policy.begin_round()
         patience = self.settings.patience or self.settings.epochs
         while progress.step < len(steps) and progress.stale_epochs < patience:
             started = time.perf_counter()

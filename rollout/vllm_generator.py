@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from rlhf.errors import ParityError
+from rlhf.errors import InputError, ParityError
 from rlhf.protocols import Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
 from rollout import vllm_compat
@@ -29,6 +29,22 @@ class Served:
     """Highest rank of an adapter that may be loaded."""
     quantised: bool = False
     """The base is NF4 (adapter sync only; merged folders are already dequantised)."""
+
+
+def served_rank(rank: int) -> int:
+    """The rank that vLLM sets aside for adapters of `rank`: it offers few.
+
+    Raises InputError where none is high enough.
+    """
+    from vllm.config.lora import MaxLoRARanks
+
+    offered = sorted(r for r in get_args(MaxLoRARanks) if r >= max(8, rank))
+    if not offered:
+        raise InputError(
+            f"rollout.sync adapter: vLLM serves adapters up to rank {max(get_args(MaxLoRARanks))}, "
+            f"got {rank} (model.lora.rank, or model.adapter's); use rollout.sync merged"
+        )
+    return int(offered[0])
 
 
 class VllmGenerator:
@@ -141,7 +157,7 @@ class VllmGenerator:
     def _start(self, model: str, lora: bool) -> None:
         extra: dict[str, Any] = {}
         if lora:
-            extra |= {"enable_lora": True, "max_lora_rank": max(8, self._served.lora_rank)}
+            extra |= {"enable_lora": True, "max_lora_rank": served_rank(self._served.lora_rank)}
             if self._served.quantised:
                 extra |= {"quantization": "bitsandbytes"}
         self._engine.start(

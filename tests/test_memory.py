@@ -187,6 +187,30 @@ def test_full_tuning_holds_sixteen_bytes_a_weight_and_the_start_once() -> None:
     assert start.phases == ("reference",)
 
 
+def test_new_adapters_cost_the_start_for_a_pass_and_fp32_in_host_memory_to_store() -> None:
+    """bf16 weights on the card, 2 bytes each; 4 where a version is merged and written."""
+
+    def parts(rounds: str, adapter: str | None) -> Estimate:
+        lora = {"rounds": rounds}
+        config = preset(
+            "qwen2.5-7b-instruct-qlora-a100",
+            model={"tuning": "lora", "lora": lora, "adapter": adapter},
+        )
+        return on(config, "1xA100-80GB")
+
+    carried, renewed = parts("carry", "folder"), parts("new", "folder")
+    weights = QWEN.parameters
+    assert size(renewed, "learner", "initial policy", host=False) == 2 * weights
+    assert size(renewed, "publish", "stored version", host=True) == 4 * weights
+    assert size(renewed, "learner", "start in fp32", host=True) == 4 * weights
+    # No second adapter as the reference: the first is merged.
+    one = size(renewed, "learner", "adapter", host=False)
+    assert size(carried, "learner", "adapter", host=False) == 2 * one
+    names = {part.what for part in carried.parts}
+    assert not names & {"initial policy", "stored version", "start in fp32"}
+    assert "start in fp32" not in {part.what for part in parts("new", None).parts}
+
+
 def test_moments_in_8_bits_by_hand() -> None:
     """SmolLM2: 28,311,552 of the embedding and 30 x 3,538,944 of linear layers are 134,479,872 in
     tensors of whole blocks: 2 bytes each and 8 for each of 525,312 blocks of 256. The 61 norms of

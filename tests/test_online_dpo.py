@@ -67,7 +67,8 @@ def kept(run: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def values(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Two rounds, all promoted."""
-    return run_values(tmp_path_factory.mktemp("whole"), tiny_model)
+    folder = tmp_path_factory.mktemp("whole")
+    return run_values(folder, tiny_model, learner={"learning_rate": 0.01})
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_every_file_of_a_round_is_in_its_manifest(run: Path) -> None:
 def test_the_policies_load_with_peft_and_differ(run: Path, tiny_model: Path) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    ids = torch.tensor([[1, 2020, 303, 44]])
+    ids = torch.tensor([[1, 202, 303, 44]])
     logits = [AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits]
     for name in ROUNDS[1:]:
         folder = run / "rounds" / name / "policy"

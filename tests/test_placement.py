@@ -215,6 +215,13 @@ def test_the_plan_names_what_is_trained(tuning: str, words: str) -> None:
     assert "merged weights, reloaded in place" in text
 
 
+def test_the_plan_says_that_adapters_are_merged() -> None:
+    lora = {"rank": 7, "rounds": "new"}
+    lines = plan(config(model={"lora": lora}), parse("1xA100-40GB")).splitlines()
+    assert "LoRA rank 7 on a bf16 base, a new one each round, merged" in lines[1]
+    assert "weights travel as merged weights, reloaded in place" in lines[2]
+
+
 @pytest.mark.parametrize("name", ["demo", "demo_transformers"])
 def test_presets_load_and_have_a_plan(name: str) -> None:
     preset = config_io.load([path(name)])

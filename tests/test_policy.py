@@ -437,13 +437,44 @@ def test_a_folder_that_is_no_adapter_is_refused(tied: Path, tmp_path: Path) -> N
             load(tied, adapter=str(folder))
 
 
-def test_an_adapter_that_is_more_than_lora_is_refused(tied: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", ["carry", "new"])
+def test_an_adapter_that_is_more_than_lora_is_refused(
+    tied: Path, tmp_path: Path, rounds: str
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     dora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True)
     get_peft_model(plain(tied), dora).save_pretrained(str(tmp_path))
+    config = settings(tied, adapter=str(tmp_path))
+    lora = config.lora.model_copy(update={"rounds": rounds})
     with pytest.raises(InputError, match=r"model\.adapter: .* plain LoRA adapter.*use_dora"):
-        load(tied, adapter=str(tmp_path))
+        Policy(config.model_copy(update={"lora": lora}), str(tied), "cpu", 0)
+
+
+@pytest.mark.parametrize("rounds", ["carry", "new"])
+def test_a_given_adapter_on_tied_weights_is_refused(
+    tied: Path, tmp_path: Path, rounds: str
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+    get_peft_model(plain(tied), lora).save_pretrained(str(tmp_path))
+    config = settings(tied, adapter=str(tmp_path))
+    changed = config.lora.model_copy(update={"rounds": rounds})
+    with pytest.raises(InputError, match="lm_head shares its weight"):
+        Policy(config.model_copy(update={"lora": changed}), str(tied), "cpu", 0)
+
+
+def test_the_rank_is_the_adapters_highest(tied: Path, tmp_path: Path) -> None:
+    """Not the config's: an adapter that is carried on keeps its own."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=3, task_type="CAUSAL_LM", target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 5}
+    )
+    get_peft_model(plain(tied), lora).save_pretrained(str(tmp_path))
+    assert load(tied, adapter=str(tmp_path)).rank == 5
+    assert (load(tied).rank, load(tied, "full").rank) == (4, 0)
 
 
 def test_a_missing_gguf_is_refused_and_other_paths_pass(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ from pathlib import Path
 import polars as pl
 from rlhf.config import RunConfig
 from rlhf.metrics import Metrics
-from rlhf.rounds import RunStore
+from rlhf.rounds import RunStore, installed_versions
 
 CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
 
@@ -134,7 +134,9 @@ def run(directory, log, die_at):
         round.drop("trainer")
         store.status("done", best_round=0, promoted=[0])
 
-# One line asks for one run in a forked process: importing once makes a sweep affordable.
+# One line asks for one run in a forked process: importing once makes a sweep affordable, and so
+# does looking up versions once.
+installed_versions()
 for line in sys.stdin:
     directory, log, die_at = json.loads(line)
     child = os.fork()
@@ -180,7 +182,7 @@ Runner = Callable[[Path, str], tuple[int, list[str]]]
 def runner() -> Iterator[Runner]:
     """Runs CHILD in a directory; returns its exit status and the computations it started."""
     given_config = config(Path(".")).model_dump_json()
-    with process(CHILD, 60, CONFIG=given_config) as child:
+    with process(CHILD, 300, CONFIG=given_config) as child:
         assert child.stdin and child.stdout
         stdin, stdout = child.stdin, child.stdout
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,6 @@ def document(
     The template gets `content`, escaped, and `style`, `script` and `policy`: a content security
     policy that allows this very script and no request of any kind.
     """
-    environment = Environment(
-        loader=FileSystemLoader(templates),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=visible,
-    )
     look = look or name
     script = _joined("base.js", templates / f"{look}.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -47,11 +40,28 @@ def document(
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    return environment.get_template(f"{name}.html.j2").render(
-        **content,
-        policy=Markup(policy),
-        script=Markup(script),
-        style=Markup(_joined("base.css", templates / f"{look}.css")),
+    return (
+        _environment(templates)
+        .get_template(f"{name}.html.j2")
+        .render(
+            **content,
+            policy=Markup(policy),
+            script=Markup(script),
+            style=Markup(_joined("base.css", templates / f"{look}.css")),
+        )
+    )
+
+
+@cache
+def _environment(templates: Path) -> Environment:
+    """One a folder: compiling templates takes as long as all else about a small page."""
+    return Environment(
+        loader=FileSystemLoader(templates),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=visible,
     )
 
 
@@ -77,7 +87,7 @@ def visible(value: Any) -> Any:
     >>> visible("a\\u202eb")
     'a⟨U+202E⟩b'
     """
-    if not isinstance(value, str) or isinstance(value, Markup):
+    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
         return value
     return "".join(
         f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t" else c

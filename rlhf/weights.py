@@ -1,0 +1,107 @@
+"""A model's weights by name, past any adapter: loaded, read, written into place, dequantised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from rlhf.config_learner import Model
+from rlhf.errors import InputError
+
+
+def load_base(config: Model, path: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """The model at `path` without any adapter, in NF4 where `config.tuning` is qlora.
+
+    Raises InputError where it can't be loaded.
+    """
+    quantised = config.tuning == "qlora"
+    options: dict[str, Any] = {}
+    if quantised:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = {"": device}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.path: {path} could not be loaded: {error}") from None
+    except ImportError as error:
+        raise InputError(
+            f"model.tuning {config.tuning}: {error}; pip install 'pairloop[qlora]'"
+        ) from None
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if capped is not None and config.attention == "sdpa":
+        # SDPA leaves soft-capping out without a word (Gemma-2): another model's log-probs.
+        model.set_attn_implementation("eager")
+    if not quantised:
+        placed: nn.Module = model.to(device)
+        return placed
+    module: Any
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks and rounds an NF4 weight in place
+        # when it first runs in eval mode: its gradients and what it dequantises to are wrong
+        # from then on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    loaded: nn.Module = model
+    return loaded
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Name in the plain model -> the tensor that holds it: parameters and stored buffers, also
+    where an adapter has moved them; what belongs to adapters is left out. NF4 stays NF4."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if any(part.startswith("lora_") for part in path.split(".")):
+            continue
+        stored = dict(module.named_parameters(recurse=False)) | {
+            name: buffer
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        }
+        plain = path.removesuffix(".base_layer")
+        found |= {f"{plain}.{name}" if plain else name: tensor for name, tensor in stored.items()}
+    return found
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All that a folder's safetensors hold, by name, on the CPU."""
+    weights: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights.update(load_file(file))
+    return weights
+
+
+def write_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights to their places in a model, adapted or not, rounded to what is held there."""
+    places = named_weights(model)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            places[name].copy_(weight)
+
+
+def dequantised(weight: Tensor) -> Tensor:
+    """An NF4 weight as numbers, any other as it is."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, state)
