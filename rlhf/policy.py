@@ -10,8 +10,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ from rlhf.config_learner import Model
 from rlhf.errors import InputError
 from rlhf.files import atomic_folder
 from rlhf.types import Message
+
+Gathered = Callable[[Sequence[nn.Parameter], bool], AbstractContextManager[None]]
+"""While entered, these parameters are whole on every rank; with True, what rank 0 makes of them
+stays."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -161,6 +165,8 @@ class Policy:
         self._initial = (
             {n: p.detach().cpu().clone() for n, p in self.trainable()} if self.adapted else None
         )
+        self.gathered: Gathered = lambda parameters, write: nullcontext()
+        """Set by whoever splits the weights over ranks; entered by all ranks together."""
 
     @property
     def adapted(self) -> bool:
@@ -205,30 +211,39 @@ class Policy:
             finally:
                 self.model.set_adapter("default")  # type: ignore[operator]
 
-    def save(self, folder: Path, card: str) -> None:
-        """A Hugging Face folder (PEFT adapter, or fp32 masters) with tokenizer and model card."""
+    def save(self, folder: Path, card: str, write: bool = True) -> None:
+        """A Hugging Face folder (PEFT adapter, or fp32 masters) with tokenizer and model card.
+
+        Where weights are split over ranks, all ranks call this, and one of them writes.
+        """
         if self.adapted:
             assert isinstance(self.model, PeftModel)
-            weights = get_peft_model_state_dict(self.model, adapter_name="default")
-            save_file(
-                {n: t.detach().cpu().contiguous() for n, t in sorted(weights.items())},
-                folder / ADAPTER,
-                metadata={"format": "pt"},
-            )
+            with self.gathered([p for _, p in self.trainable()], False):
+                found = get_peft_model_state_dict(self.model, adapter_name="default")
+                weights = {n: t.detach().cpu().contiguous() for n, t in sorted(found.items())}
+            if not write:
+                return
+            save_file(weights, folder / ADAPTER, metadata={"format": "pt"})
             described = self.model.peft_config["default"].to_dict()
             described["inference_mode"] = True
             described["base_model_name_or_path"] = self.path
             described["revision"] = self.config.revision
             (folder / "adapter_config.json").write_text(_stable_json(described))
         else:
-            self._save_whole(folder, torch.float32)
+            self._save_whole(folder, torch.float32, write)
+        if not write:
+            return
         self.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
-    def save_merged(self, folder: Path) -> None:
-        """A whole model folder in compute precision: base (dequantised if NF4) plus adapter."""
-        self._save_whole(folder, self.dtype)
-        self.tokenizer.save_pretrained(folder)
+    def save_merged(self, folder: Path, write: bool = True) -> None:
+        """A whole model folder in compute precision: base (dequantised if NF4) plus adapter.
+
+        `write` as for `save`.
+        """
+        self._save_whole(folder, self.dtype, write)
+        if write:
+            self.tokenizer.save_pretrained(folder)
 
     def restore(self, folder: Path | None) -> None:
         """Load trained weights that `save` wrote; None goes back to the start of the run."""
@@ -236,9 +251,7 @@ class Policy:
             assert isinstance(self.model, PeftModel)
             if folder is None:
                 assert self._initial is not None
-                with torch.no_grad():
-                    for name, parameter in self.trainable():
-                        parameter.copy_(self._initial[name])
+                self._fill(dict(self.trainable()), self._initial)
             else:
                 weights = load_file(folder / ADAPTER)
                 # PEFT loads what fits and says nothing of the rest.
@@ -246,46 +259,65 @@ class Policy:
                 if weights.keys() != expected:
                     odd = sorted(weights.keys() ^ expected)[:3]
                     raise InputError(f"{folder}: not this policy's adapter: {odd} on one side only")
-                set_peft_model_state_dict(self.model, weights, adapter_name="default")
+                with self.gathered([p for _, p in self.trainable()], True):
+                    set_peft_model_state_dict(self.model, weights, adapter_name="default")
             return
         weights = self._load_base().state_dict() if folder is None else _load_whole(folder)
-        missing, unexpected = self.model.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if name not in self._tied()]
+        expected = self.model.state_dict().keys()
+        missing = sorted(expected - weights.keys() - self._tied().keys())
+        unexpected = sorted(weights.keys() - expected)
         if missing or unexpected:
             raise InputError(f"{folder}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        self._fill(dict(self.model.named_parameters()), weights)
+        self._fill(dict(self.model.named_buffers()), weights)
 
-    def merged_weights(self) -> dict[str, Tensor]:
-        """Name -> weight of the plain model, adapter added in fp32, tied copies left out."""
-        plain = self.plain_model()
+    def _fill(self, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Copy weights into tensors of the model; a buffer that isn't stored stays."""
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name in weights:
+                    with self.gathered([tensor] if isinstance(tensor, nn.Parameter) else [], True):
+                        tensor.copy_(weights[name])
+
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight) of the plain model, adapter added in fp32, tied copies left out.
+
+        One layer at a time, so that weights which are split over ranks are never whole together.
+        """
+        plain, tied = self.plain_model(), self._tied()
         adapted: dict[str, Any] = {
             n: m for n, m in plain.named_modules() if isinstance(m, LoraLayer)
         }
-        weights: dict[str, Tensor] = {}
         for name, adapter in adapted.items():
             layer: Any = adapter.get_base_layer()
-            delta = adapter.get_delta_weight("default").float()
-            weights[f"{name}.weight"] = _dequantised(layer.weight).float() + delta
-            if getattr(layer, "bias", None) is not None:
-                weights[f"{name}.bias"] = layer.bias
+            with self.gathered(list(adapter.parameters()), False):
+                delta = adapter.get_delta_weight("default").float()
+                yield f"{name}.weight", (_dequantised(layer.weight).float() + delta).detach()
+                if getattr(layer, "bias", None) is not None:
+                    yield f"{name}.bias", layer.bias.detach()
         inside = tuple(f"{name}." for name in adapted)
         for module_name, module in plain.named_modules():
             if f"{module_name}.".startswith(inside):
                 continue
             for own, parameter in module.named_parameters(recurse=False):
-                weights[f"{module_name}.{own}"] = _dequantised(parameter)
+                if (name := f"{module_name}.{own}") not in tied:
+                    with self.gathered([parameter], False):
+                        yield name, _dequantised(parameter).detach()
             for own, buffer in module.named_buffers(recurse=False):
                 if own not in module._non_persistent_buffers_set:
-                    weights[f"{module_name}.{own}"] = buffer
-        return {n: w.detach() for n, w in sorted(weights.items()) if n not in self._tied()}
+                    yield f"{module_name}.{own}", buffer.detach()
 
-    def _save_whole(self, folder: Path, dtype: torch.dtype) -> None:
+    def _save_whole(self, folder: Path, dtype: torch.dtype, write: bool) -> None:
         from huggingface_hub import save_torch_state_dict
 
         weights = {
-            n: w.to("cpu", dtype if w.is_floating_point() else w.dtype).contiguous()
-            for n, w in self.merged_weights().items()
+            n: w.to("cpu", dtype if w.is_floating_point() else w.dtype, copy=True).contiguous()
+            for n, w in self.merged_weights()
+            if write
         }
-        save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+        if not write:
+            return
+        save_torch_state_dict(dict(sorted(weights.items())), folder, metadata={"format": "pt"})
         config = AutoConfig.from_pretrained(
             self.path,
             revision=self.config.revision,

@@ -178,7 +178,7 @@ class Serving:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _publish(self, generator: Generator, version: int, policy: Path | None) -> None:
-        self._learner.policy.restore(policy)
+        self._learner.restore(policy)
         published = self._write(version)
         loaded = generator.load(published)
         check_loaded(published, loaded)
@@ -197,9 +197,9 @@ class Serving:
         path = self._folder / f"version-{version:04d}"
         with atomic_folder(path) as staging:
             if self._kind == "adapter":
-                self._learner.policy.save(staging, "A version on its way to a generator.\n")
+                self._learner.save(staging, "A version on its way to a generator.\n")
             else:
-                self._learner.policy.save_merged(staging)
+                self._learner.save_merged(staging)
         for other in self._folder.iterdir():
             if other != path:
                 shutil.rmtree(other)

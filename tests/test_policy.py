@@ -299,10 +299,10 @@ def test_scoring_under_nf4_leaves_the_base_and_its_gradients_alone(untied: Path)
         token_logps(policy.model.train(), batch).sum().backward()
         return [p.grad.clone() for _, p in policy.trainable() if p.grad is not None]
 
-    weights, trained = policy.merged_weights(), gradients()
+    weights, trained = dict(policy.merged_weights()), gradients()
     assert len(trained) == len(policy.trainable())
     logps(policy.model)
-    assert_same_state(policy.merged_weights(), weights)
+    assert_same_state(dict(policy.merged_weights()), weights)
     assert all(torch.equal(a, b) for a, b in zip(gradients(), trained, strict=True))
 
 
@@ -312,7 +312,7 @@ def test_a_merged_folder_holds_compute_precision(tied: Path, tmp_path: Path) -> 
     merged = plain(tmp_path, dtype="auto")
     assert merged.dtype is torch.bfloat16
     # bf16 keeps 8 bits: each weight is that of the fp32 merge to one part in 256.
-    for name, weight in policy.merged_weights().items():
+    for name, weight in policy.merged_weights():
         torch.testing.assert_close(
             merged.state_dict()[name].float(), weight.float(), rtol=2**-8, atol=0
         )
