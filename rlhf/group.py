@@ -43,6 +43,14 @@ class Group:
         dist.all_gather_object(found, value, group=self._objects)
         return found
 
+    def collect(self, value: T) -> list[T]:
+        """Every rank's value on rank 0, nothing on the others."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.world if self.main else None
+        dist.gather_object(value, found, dst=0, group=self._objects)
+        return found or []
+
     def first(self, value: T) -> T:
         """Rank 0's value; that of other ranks is not looked at."""
         if self.world == 1:

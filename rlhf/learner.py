@@ -15,7 +15,6 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,28 +42,13 @@ from rlhf.objectives import Logps, kl_baseline, metrics
 from rlhf.optimizer import check_optimizer, learning_rate
 from rlhf.packing import TokenPair
 from rlhf.policy import Policy
+from rlhf.protocols import OnStep
 from rlhf.scoring import Scorer
 from rlhf.sharding import Replicated, Sharding
-from rlhf.types import Completion
+from rlhf.types import Completion, Trained
 
 BEST = "best.safetensors"
-OnStep = Callable[[int, dict[str, float]], None]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What a round's training did."""
-
-    planned_steps: int
-    executed_steps: int
-    skipped_steps: int
-    first_loss: float | None
-    """Loss of the round's first step; None for a round without steps."""
-    best_step: int | None = None
-    """The step whose weights were kept, for their validation loss; None without validation."""
-    best_loss: float | None = None
-    """That validation loss."""
 
 
 class Learner:

@@ -27,12 +27,12 @@ from rlhf.config import RunConfig
 from rlhf.errors import InputError, Interrupted, NonFiniteError
 from rlhf.examples import PAIR_REFERENCE
 from rlhf.files import write_json
-from rlhf.learner import Learner, Trained
+from rlhf.learner import Learner
 from rlhf.logprobs import collate, sequence_logps, token_logps
 from rlhf.optimizer import learning_rate
 from rlhf.packing import TokenPair
 from rlhf.policy import Policy
-from rlhf.types import Completion, pairs_schema
+from rlhf.types import Completion, Trained, pairs_schema
 
 END = 2
 METRICS = {

@@ -16,7 +16,8 @@ from torch import Tensor
 from rlhf.config import RunConfig
 from rlhf.errors import InputError, Interrupted
 from rlhf.examples import split_by_cluster
-from rlhf.learner import Learner, Trained
+from rlhf.learner import Learner
+from rlhf.types import Trained
 
 
 @pytest.fixture(scope="module")
