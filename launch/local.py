@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from launch.judging import Judging, Sharing
 from launch.machines import this_machine
 from launch.placement import Plan, place_on, settle
 from launch.quiet import hush, hush_transformers
 from launch.terminal import Terminal
+from rlhf import protocols
 from rlhf.config import RunConfig
 from rlhf.config_io import resolved
 from rlhf.config_offline import Trains
@@ -28,17 +29,51 @@ from rollout.judges.panel import planned_calls
 from rollout.prompts import Pools, load_pools, prompt_table, sample_round
 
 if TYPE_CHECKING:
+    from rlhf.learner import Learner
+    from rlhf.policy import Policy
+    from rlhf.sharding import Sharding
     from rlhf.stage_base import Parts
     from rlhf.stages import Outcome
 
 
-def train(config: RunConfig) -> int:
+class Alone:
+    """Nobody shares the work of this process."""
+
+    shard = None
+
+    def learner(self, own: Learner) -> protocols.Learner:
+        """The learner itself."""
+        return own
+
+    def generator(self, own: Generator, longest: int) -> Generator:
+        """The generator itself."""
+        return own
+
+
+class Team(Protocol):
+    """Who does the work: this process, or more of them beside it."""
+
+    @property
+    def shard(self) -> Callable[[Policy, Trains], Sharding] | None:
+        """How the policy lies over ranks; None where there are none."""
+        ...
+
+    def learner(self, own: Learner) -> protocols.Learner:
+        """The learner that the loop calls."""
+        ...
+
+    def generator(self, own: Generator, longest: int) -> Generator:
+        """The generator that the loop calls; prompts have at most `longest` tokens."""
+        ...
+
+
+def train(config: RunConfig, team: Team | None = None) -> int:
     """Run the loop to its end; the exit status (see `pairloop --help`). Raises as `run` does."""
-    return DataGateError.exit_status if run(config).best_round is None else 0
+    return DataGateError.exit_status if run(config, team).best_round is None else 0
 
 
-def run(config: RunConfig) -> Outcome:
-    """Run the loop to its end, in this process, or go on with it.
+def run(config: RunConfig, team: Team | None = None) -> Outcome:
+    """Run the loop to its end, in this process with its `team`, or go on with it.
 
     Raises PairloopError: bad input, a data gate, a failed check, or an interruption.
     """
@@ -62,7 +97,8 @@ def run(config: RunConfig) -> Outcome:
         try:
             trackers.start(config.run.name, resolved(config), store.folder / "trackers")
             judging.open(store.folder / "judges", terminal.say)
-            with _wired(config, plan, store, judging, watch) as parts:
+            wiring = _Wiring(config, plan, store, judging, team or Alone())
+            with wiring.parts(watch) as parts:
                 from rlhf import online_dpo
 
                 outcome = online_dpo.run(config, store, parts)
@@ -111,60 +147,68 @@ def rehearse(config: RunConfig) -> str:
     return "\n".join([_counted(pools), *_calls(config, pools, judging), *uncertified])
 
 
-@contextmanager
-def _wired(
-    config: RunConfig,
-    plan: Plan,
-    store: RunStore,
-    judging: Judging,
-    watch: _Watch,
-) -> Iterator[Parts]:
-    """The parts of a run; frees generator and judges at the end."""
-    from rlhf.learner import Learner
-    from rlhf.policy import Policy, load_tokenizer, prompt_encoder
-    from rlhf.stage_base import Parts
-    from rollout.weight_sync import Serving
+@dataclass(frozen=True, slots=True)
+class _Wiring:
+    """What the parts of a run are made from."""
 
-    hush_transformers()
-    path = model_path(config)
-    tokenizer = load_tokenizer(config.model, path)
-    pools = load_pools(config.prompts, config.run.seed, prompt_encoder(tokenizer))
-    for line in (_counted(pools), *_calls(config, pools, judging)):
-        watch.terminal.say(line)
-    policy = Policy(config.model, path, plan.device, config.run.seed)
-    learner = Learner(policy, config, watch.terminal.say)
-    serving = Serving(
-        lambda: _generator(config, plan, policy, pools),
-        learner,
-        plan.sync,
-        store.folder / "published",
-        pools.train,
-        lambda found: watch.terminal.say(_parity_line(found)),
-    )
-    try:
-        yield Parts(
-            serving=Sharing(serving, judging),
-            learner=learner,
-            sample=lambda index: sample_round(
-                pools.train, index - 1, config.rounds.prompts_per_round, config.run.seed
-            ),
-            gate=pools.gate,
-            final=pools.final,
-            score=judging.score,
-            check_scores=judging.check,
-            watch=judging.watch,
-            prompt_table=prompt_table,
-            counts=pools.counts,
-            reporter=watch.terminal,
-            trackers=watch.trackers,
-            interrupts=watch.interrupts,
+    config: RunConfig
+    plan: Plan
+    store: RunStore
+    judging: Judging
+    team: Team
+
+    @contextmanager
+    def parts(self, watch: _Watch) -> Iterator[Parts]:
+        """The parts of a run; frees generator and judges at the end."""
+        from rlhf.learner import Learner
+        from rlhf.policy import Policy, load_tokenizer, prompt_encoder
+        from rlhf.stage_base import Parts
+        from rollout.weight_sync import Serving
+
+        hush_transformers()
+        config, plan, store, judging = self.config, self.plan, self.store, self.judging
+        path = model_path(config)
+        tokenizer = load_tokenizer(config.model, path)
+        pools = load_pools(config.prompts, config.run.seed, prompt_encoder(tokenizer))
+        for line in (_counted(pools), *_calls(config, pools, judging)):
+            watch.terminal.say(line)
+        policy = Policy(config.model, path, plan.device, config.run.seed)
+        learner = Learner(policy, config, watch.terminal.say, self.team.shard)
+        shared = self.team.learner(learner)
+        longest = max(len(p.token_ids) for p in (*pools.train, *pools.gate, *pools.final))
+        serving = Serving(
+            lambda: self.team.generator(make_generator(config, plan, policy, longest), longest),
+            shared,
+            plan.sync,
+            store.folder / "published",
+            pools.train,
+            lambda found: watch.terminal.say(_parity_line(found)),
         )
-    finally:
-        serving.close()
-        judging.close()
+        try:
+            yield Parts(
+                serving=Sharing(serving, judging),
+                learner=shared,
+                sample=lambda index: sample_round(
+                    pools.train, index - 1, config.rounds.prompts_per_round, config.run.seed
+                ),
+                gate=pools.gate,
+                final=pools.final,
+                score=judging.score,
+                check_scores=judging.check,
+                watch=judging.watch,
+                prompt_table=prompt_table,
+                counts=pools.counts,
+                reporter=watch.terminal,
+                trackers=watch.trackers,
+                interrupts=watch.interrupts,
+            )
+        finally:
+            serving.close()
+            judging.close()
 
 
-def _generator(config: RunConfig, plan: Plan, policy: Any, pools: Pools) -> Generator:
+def make_generator(config: RunConfig, plan: Plan, policy: Policy, longest: int) -> Generator:
+    """A generator of the policy's versions, for prompts of at most `longest` tokens."""
     rollout = config.rollout
     if plan.engine == "transformers":
         from rollout.transformers_generator import TransformersGenerator
@@ -180,7 +224,6 @@ def _generator(config: RunConfig, plan: Plan, policy: Any, pools: Pools) -> Gene
     from rollout.vllm_engine import EngineOptions
     from rollout.vllm_generator import Served, VllmGenerator
 
-    longest = max(len(p.token_ids) for p in (*pools.train, *pools.gate, *pools.final))
     return VllmGenerator(
         Served(
             base=policy.path,
@@ -233,8 +276,9 @@ def _parity_line(found: dict[str, Any]) -> str:
         "indistinguishable": "fresh and stale can't be told apart by log-probs (version and "
         "checksum agree)",
     }
+    of = f" to generator {found['generator']}" if "generator" in found else ""
     return (
-        f"published version {found['version']}: {said[found['verdict']]}, gap "
+        f"published version {found['version']}{of}: {said[found['verdict']]}, gap "
         f"{found['gap']:.4f} nats a token{slope}"
     )
 

@@ -6,8 +6,8 @@
 | all, 0 too | generate: each a shard of prompts at a time, with an engine of its own |
 | all, 0 too | train and score: one policy, whole on each rank or in ZeRO's shards |
 
-Rank 0 says what comes next (`Lead`), the others make the same calls (`attend`). What every rank must
-do with the others (a training step, log-probs, saving what is sharded) they all call with the same
+Rank 0 says what comes next (`Lead`), the others make the same calls (`attend`). What ranks can only
+do together (a training step, log-probs, saving what is sharded) they all call with the same
 arguments; what each can do alone (a shard of prompts) is collected with its errors.
 
 Who waits for whom: rank 0 for the slowest rank in each call; the others, between calls, for rank 0.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,18 +27,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from launch.quiet import hush, hush_transformers
 from rlhf.errors import InexactError, InputError, Interrupted, NonFiniteError, PairloopError
 from rlhf.group import Group
-from rlhf.interrupts import Interrupts
+from rlhf.interrupts import Interrupts, to_stderr
 from rlhf.protocols import Generator, Job, Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from launch.placement import Plan
+    from rlhf.config import RunConfig
     from rlhf.config_offline import Trains
     from rlhf.learner import Learner
+    from rlhf.policy import Policy
     from rlhf.protocols import OnStep
+    from rlhf.sharding import Sharding
     from rlhf.types import Trained
 
 PATIENCE = timedelta(hours=24)
@@ -58,7 +63,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(device: str) -> Group:
+@dataclass(frozen=True, slots=True)
+class Met:
+    """The ranks that a launcher started, once they have met."""
+
+    group: Group
+    calls: Any
+    """The gloo group over which rank 0 says what comes next. One of its own: a rank that is still
+    waiting for another's part of a call must not take the next call for it."""
+
+
+def join(device: str) -> Met:
     """Meet the other ranks, as the launcher's environment says where.
 
     Raises InputError where it says nothing of the sort.
@@ -75,7 +90,8 @@ def join(device: str) -> Group:
     if device == "cuda":
         torch.cuda.set_device(local)
     dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
-    return Group(rank, world, dist.new_group(backend="gloo", timeout=PATIENCE))
+    objects, calls = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    return Met(Group(rank, world, objects), calls)
 
 
 @contextmanager
@@ -113,9 +129,9 @@ class Failure:
 class Lead:
     """Rank 0's side: says what comes next, and does its own part of it."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
-        self._calls = dist.new_group(backend="gloo", timeout=PATIENCE)
+    def __init__(self, met: Met) -> None:
+        self.group = met.group
+        self._calls = met.calls
 
     def together(self, target: str, method: str, *arguments: Any) -> None:
         """Have the others make this call; the caller makes it too."""
@@ -136,21 +152,22 @@ class Lead:
         return found
 
     def end(self) -> None:
-        """Let the others go."""
-        self._say(None)
+        """Let the others go; who is gone already needs no word."""
+        with suppress(RankLostError):
+            self._say(None)
 
     def _say(self, call: Call | None) -> None:
         with leaving_together():
             dist.broadcast_object_list([call], src=0, group=self._calls)
 
 
-def attend(group: Group, targets: dict[str, Any]) -> None:
+def attend(met: Met, targets: dict[str, Any]) -> None:
     """The other ranks' side: make the calls that rank 0 says, until it lets go."""
-    calls = dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = met.group
     while True:
         said: list[Any] = [None]
         with leaving_together():
-            dist.broadcast_object_list(said, src=0, group=calls)
+            dist.broadcast_object_list(said, src=0, group=met.calls)
         call = said[0]
         if call is None:
             return
@@ -327,3 +344,132 @@ class SharedGenerator:
 def _one_word(said: Sequence[Any]) -> Any:
     """What all said, else one that differs: the caller compares it with what was published."""
     return next((word for word in said if word != said[0]), said[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Leading:
+    """What `launch.local` wires on rank 0: parts that all ranks share."""
+
+    lead: Lead
+    config: RunConfig
+
+    def shard(self, policy: Policy, config: Trains) -> Sharding:
+        """How the policy lies over the ranks."""
+        return shard(policy, self.config, self.lead.group)
+
+    def learner(self, own: Learner) -> SharedLearner:
+        """The learner of all ranks."""
+        return SharedLearner(own, self.lead)
+
+    def generator(self, own: Generator, longest: int) -> SharedGenerator:
+        """A generator a rank, for prompts of at most `longest` tokens."""
+        self.lead.together("following", "make_generator", longest)
+        return SharedGenerator(own, self.lead)
+
+
+class Following:
+    """What the other ranks hold; rank 0's calls reach it by name."""
+
+    def __init__(self, config: RunConfig, plan: Plan, interrupts: Interrupts, group: Group) -> None:
+        from launch.local import model_path
+        from rlhf.learner import Learner
+        from rlhf.policy import Policy
+
+        self._config = config
+        self._plan = plan
+        self._policy = Policy(config.model, model_path(config), plan.device, config.run.seed)
+        own = Learner(self._policy, config, shard=lambda p, _: shard(p, config, group))
+        self.targets: dict[str, Any] = {
+            "following": self,
+            "learner": FollowingLearner(own, interrupts),
+        }
+
+    def make_generator(self, longest: int) -> None:
+        """As rank 0 did."""
+        from launch.local import make_generator
+
+        self.targets["generator"] = make_generator(self._config, self._plan, self._policy, longest)
+
+    def close(self) -> None:
+        """Free the engine."""
+        if "generator" in self.targets:
+            self.targets["generator"].close()
+
+
+def shard(policy: Policy, config: RunConfig, group: Group) -> Sharding:
+    """The policy over the group's ranks, as `placement.zero` says."""
+    from rlhf.sharding import Replicated, Zero
+
+    stage = config.placement.zero
+    if stage == 0:
+        return Replicated(policy, config.learner, config.model.precision, group)
+    return Zero(policy, config.learner, group, stage, config.placement.offload)
+
+
+def train(config: RunConfig) -> int:
+    """Run the loop to its end, or go on with it, on every rank; the exit status of this one.
+
+    Raises PairloopError as `launch.local.run` does.
+    """
+    from launch import local
+    from launch.machines import this_machine
+    from launch.placement import place_on, settle
+
+    hush()
+    machine = this_machine()
+    config = with_launchers_zero(settle(config, machine))
+    plan = place_on(config, machine)
+    met = join(plan.device)
+    try:
+        if met.group.main:
+            lead = Lead(met)
+            try:
+                return local.train(config, Leading(lead, config))
+            finally:
+                lead.end()
+        return _follow(config, plan, met)
+    finally:
+        dist.destroy_process_group()
+
+
+def _follow(config: RunConfig, plan: Plan, met: Met) -> int:
+    rank = met.group.rank
+    hush_transformers()
+    with Interrupts(lambda _: None) as interrupts:
+        try:
+            with leaving_together():
+                following = Following(config, plan, interrupts, met.group)
+            try:
+                attend(met, following.targets)
+            finally:
+                following.close()
+        except RankLostError as error:
+            to_stderr(f"rank {rank}: {error}")
+            return error.exit_status
+        except PairloopError as error:
+            to_stderr(f"rank {rank}: error: {error}")
+            return error.exit_status
+    return 0
+
+
+def with_launchers_zero(config: RunConfig) -> RunConfig:
+    """The config with the ZeRO stage and offloading that `accelerate launch` was told of.
+
+    Raises InputError where the config asks for another stage.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        return config
+    from accelerate.utils import DeepSpeedPlugin
+
+    told = DeepSpeedPlugin().deepspeed_config["zero_optimization"]
+    stage = int(told["stage"])
+    devices = [told.get(f"offload_{what}", {}).get("device") for what in ("optimizer", "param")]
+    placement = config.placement
+    if placement.zero not in (0, stage):
+        raise InputError(
+            f"placement.zero is {placement.zero}, but accelerate's config file asks for ZeRO stage "
+            f"{stage}; leave one of them out"
+        )
+    offload = placement.offload or "cpu" in devices
+    settled = placement.model_copy(update={"zero": stage, "offload": offload})
+    return config.model_copy(update={"placement": settled})

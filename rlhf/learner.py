@@ -59,9 +59,7 @@ class Learner:
         policy: Policy,
         config: Trains,
         say: Callable[[str], None] = lambda _: None,
-        shard: Callable[[Policy, Trains], Sharding] = lambda policy, config: Replicated(
-            policy, config.learner, config.model.precision
-        ),
+        shard: Callable[[Policy, Trains], Sharding] | None = None,
     ) -> None:
         """`shard` says how the policy lies over the ranks; by default this process is alone."""
         self.policy = policy
@@ -76,7 +74,11 @@ class Learner:
         self.scorer = Scorer(
             policy, self.settings.micro_batch_tokens, self.settings.on_inexact, say
         )
-        self.sharding = shard(policy, config)
+        self.sharding = (
+            shard(policy, config)
+            if shard
+            else Replicated(policy, config.learner, config.model.precision)
+        )
         self.group = self.sharding.group
 
     def restore(self, folder: Path | None) -> None:

@@ -102,7 +102,7 @@ class Case:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    group = join("cpu")
+    group = join("cpu").group
     found = {}
     for case in json.loads((folder / "cases.json").read_text()):
         try:

@@ -54,6 +54,7 @@ def launch(folder: Path, cases: list[dict[str, Any]]) -> dict[str, Any]:
         capture_output=True,
         text=True,
         timeout=900,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
