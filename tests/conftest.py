@@ -49,6 +49,11 @@ def smollm2() -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `save_tiny_model`."""
+    return save_tiny_model(smollm2, tmp_path_factory.mktemp("tiny") / "model")
+
+
+def save_tiny_model(smollm2: str, folder: Path) -> Path:
     """A random two-layer Llama in fp32 (hidden 128, two heads of 64) with SmolLM2's tokenizer.
 
     Its weights are wide enough that its distributions are not flat, so that training moves them.
@@ -56,7 +61,6 @@ def tiny_model(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny") / "model"
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     torch.manual_seed(0)
     config = LlamaConfig(
