@@ -108,9 +108,14 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def shut_down(llm: Any) -> None:
+def beside_ranks() -> bool:
+    """Whether this process has joined a group of ranks already."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def shut_down(llm: Any, keep_groups: bool) -> None:
     """End the engine in this process; `LLM` has no public close."""
     llm.llm_engine.engine_core.shutdown()
     gc.collect()
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and not keep_groups:
         torch.distributed.destroy_process_group()

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from launch.spmd import join
+from rlhf.checkpoint import save_trained
 from rlhf.config import RunConfig
 from rlhf.config_offline import Trains
-from rlhf.errors import Interrupted, PairloopError
+from rlhf.errors import Interrupted, NonFiniteError
 from rlhf.group import Group
 from rlhf.learner import Learner
 from rlhf.policy import Policy
@@ -100,15 +101,23 @@ class Case:
         return {"losses": losses, "reference": reference, "everywhere": self.group.gather(losses)}
 
 
+def attempt(folder: Path, case: dict[str, Any], group: Group) -> dict[str, Any]:
+    """What a case found, or every rank's error; the weights that it left are stored as `after`."""
+    trial = Case(folder, case, group)
+    try:
+        return trial.run()
+    except NonFiniteError as error:
+        errors = group.gather(str(error))
+    trial.out.mkdir(exist_ok=True)
+    save_trained(trial.learner.policy, trial.out / "after.safetensors", group)
+    return {"errors": errors}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     group = join("cpu").group
-    found = {}
-    for case in json.loads((folder / "cases.json").read_text()):
-        try:
-            found[case["name"]] = Case(folder, case, group).run()
-        except PairloopError as error:
-            found[case["name"]] = {"errors": group.gather(f"{type(error).__name__}: {error}")}
+    cases = json.loads((folder / "cases.json").read_text())
+    found = {case["name"]: attempt(folder, case, group) for case in cases}
     if group.main:
         (folder / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
