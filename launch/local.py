@@ -2,69 +2,31 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from launch.judging import Judging, Sharing
 from launch.machines import this_machine
 from launch.placement import Plan, place_on, settle
 from launch.quiet import hush, hush_transformers
+from launch.roles import Alone, Roles, Team
 from launch.terminal import Terminal
-from rlhf import protocols
 from rlhf.config import RunConfig
 from rlhf.config_io import resolved
-from rlhf.config_offline import Trains
 from rlhf.errors import DataGateError, Interrupted, PairloopError
 from rlhf.interrupts import Interrupts
-from rlhf.protocols import Generator
 from rlhf.rounds import RunStore
 from rlhf.tracking import Trackers
 from rlhf.tracking import build as build_trackers
-from rollout.imports import resolve_path
 from rollout.judges.panel import planned_calls
 from rollout.prompts import Pools, load_pools, prompt_table, sample_round
 
 if TYPE_CHECKING:
-    from rlhf.learner import Learner
-    from rlhf.policy import Policy
-    from rlhf.sharding import Sharding
     from rlhf.stage_base import Parts
     from rlhf.stages import Outcome
-
-
-class Alone:
-    """Nobody shares the work of this process."""
-
-    shard = None
-
-    def learner(self, own: Learner) -> protocols.Learner:
-        """The learner itself."""
-        return own
-
-    def generator(self, own: Generator, longest: int) -> Generator:
-        """The generator itself."""
-        return own
-
-
-class Team(Protocol):
-    """Who does the work: this process, or more of them beside it."""
-
-    @property
-    def shard(self) -> Callable[[Policy, Trains], Sharding] | None:
-        """How the policy lies over ranks; None where there are none."""
-        ...
-
-    def learner(self, own: Learner) -> protocols.Learner:
-        """The learner that the loop calls."""
-        ...
-
-    def generator(self, own: Generator, longest: int) -> Generator:
-        """The generator that the loop calls; prompts have at most `longest` tokens."""
-        ...
 
 
 def train(config: RunConfig, team: Team | None = None) -> int:
@@ -160,25 +122,21 @@ class _Wiring:
     @contextmanager
     def parts(self, watch: _Watch) -> Iterator[Parts]:
         """The parts of a run; frees generator and judges at the end."""
-        from rlhf.learner import Learner
-        from rlhf.policy import Policy, load_tokenizer, prompt_encoder
+        from rlhf.policy import prompt_encoder
         from rlhf.stage_base import Parts
         from rollout.weight_sync import Serving
 
         hush_transformers()
         config, plan, store, judging = self.config, self.plan, self.store, self.judging
-        path = model_path(config)
-        tokenizer = load_tokenizer(config.model, path)
-        pools = load_pools(config.prompts, config.run.seed, prompt_encoder(tokenizer))
+        roles = Roles(config, plan)
+        pools = load_pools(config.prompts, config.run.seed, prompt_encoder(roles.tokenizer))
         for line in (_counted(pools), *_calls(config, pools, judging)):
             watch.terminal.say(line)
-        policy = Policy(config.model, path, plan.device, config.run.seed)
-        learner = Learner(policy, config, watch.terminal.say, self.team.shard)
-        shared = self.team.learner(learner)
+        learner = self.team.learner(roles, watch.terminal.say)
         longest = max(len(p.token_ids) for p in (*pools.train, *pools.gate, *pools.final))
         serving = Serving(
-            lambda: self.team.generator(make_generator(config, plan, policy, longest), longest),
-            shared,
+            lambda: self.team.generator(roles, longest),
+            learner,
             plan.sync,
             store.folder / "published",
             pools.train,
@@ -187,7 +145,7 @@ class _Wiring:
         try:
             yield Parts(
                 serving=Sharing(serving, judging),
-                learner=shared,
+                learner=learner,
                 sample=lambda index: sample_round(
                     pools.train, index - 1, config.rounds.prompts_per_round, config.run.seed
                 ),
@@ -205,52 +163,6 @@ class _Wiring:
         finally:
             serving.close()
             judging.close()
-
-
-def make_generator(config: RunConfig, plan: Plan, policy: Policy, longest: int) -> Generator:
-    """A generator of the policy's versions, for prompts of at most `longest` tokens."""
-    rollout = config.rollout
-    if plan.engine == "transformers":
-        from rollout.transformers_generator import TransformersGenerator
-
-        return TransformersGenerator(
-            policy.path,
-            policy.tokenizer,
-            policy.stop_ids,
-            policy.dtype,
-            plan.device,
-            rollout.max_concurrency,
-        )
-    from rollout.vllm_engine import EngineOptions
-    from rollout.vllm_generator import Served, VllmGenerator
-
-    return VllmGenerator(
-        Served(
-            base=policy.path,
-            stop_ids=policy.stop_ids,
-            lora_rank=config.model.lora.rank,
-            quantised=config.model.tuning == "qlora",
-        ),
-        EngineOptions(
-            dtype=policy.dtype,
-            device=plan.device,
-            # One more: scoring a full-length sequence asks the engine for one token.
-            max_length=longest + rollout.max_new_tokens + 1,
-            max_concurrency=rollout.max_concurrency,
-            memory_gib=rollout.memory_gib,
-            gpu_memory_share=rollout.gpu_memory_share,
-            seed=config.run.seed,
-        ),
-    )
-
-
-def model_path(config: Trains) -> str:
-    """Where Transformers loads the policy's model from; a .gguf file is converted once."""
-    from rlhf.policy import materialise
-
-    given = config.model.path
-    local = given.startswith("package:") or os.path.exists(given)
-    return materialise(str(resolve_path(given)) if local else given)
 
 
 def _counted(pools: Pools) -> str:

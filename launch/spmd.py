@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from launch.quiet import hush, hush_transformers
+from launch.roles import Roles, Say
 from rlhf.errors import InexactError, InputError, Interrupted, NonFiniteError, PairloopError
 from rlhf.group import Group
 from rlhf.interrupts import Interrupts, to_stderr
@@ -348,47 +349,36 @@ def _one_word(said: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Leading:
-    """What `launch.local` wires on rank 0: parts that all ranks share."""
+    """The team that `launch.local` wires on rank 0: all ranks."""
 
     lead: Lead
-    config: RunConfig
 
-    def shard(self, policy: Policy, config: Trains) -> Sharding:
-        """How the policy lies over the ranks."""
-        return shard(policy, self.config, self.lead.group)
-
-    def learner(self, own: Learner) -> SharedLearner:
-        """The learner of all ranks."""
+    def learner(self, roles: Roles, say: Say) -> SharedLearner:
+        """See `Team.learner`: that of all ranks."""
+        group = self.lead.group
+        own = roles.learner(say, lambda policy, _: shard(policy, roles.config, group))
         return SharedLearner(own, self.lead)
 
-    def generator(self, own: Generator, longest: int) -> SharedGenerator:
-        """A generator a rank, for prompts of at most `longest` tokens."""
+    def generator(self, roles: Roles, longest: int) -> SharedGenerator:
+        """See `Team.generator`: one a rank."""
         self.lead.together("following", "make_generator", longest)
-        return SharedGenerator(own, self.lead)
+        return SharedGenerator(roles.generator(longest), self.lead)
 
 
 class Following:
     """What the other ranks hold; rank 0's calls reach it by name."""
 
-    def __init__(self, config: RunConfig, plan: Plan, interrupts: Interrupts, group: Group) -> None:
-        from launch.local import model_path
-        from rlhf.learner import Learner
-        from rlhf.policy import Policy
-
-        self._config = config
-        self._plan = plan
-        self._policy = Policy(config.model, model_path(config), plan.device, config.run.seed)
-        own = Learner(self._policy, config, shard=lambda p, _: shard(p, config, group))
+    def __init__(self, roles: Roles, interrupts: Interrupts, group: Group) -> None:
+        self._roles = roles
+        own = roles.learner(lambda _: None, lambda policy, _: shard(policy, roles.config, group))
         self.targets: dict[str, Any] = {
             "following": self,
             "learner": FollowingLearner(own, interrupts),
         }
 
     def make_generator(self, longest: int) -> None:
-        """As rank 0 did."""
-        from launch.local import make_generator
-
-        self.targets["generator"] = make_generator(self._config, self._plan, self._policy, longest)
+        """As rank 0 does."""
+        self.targets["generator"] = self._roles.generator(longest)
 
     def close(self) -> None:
         """Free the engine."""
@@ -424,7 +414,7 @@ def train(config: RunConfig) -> int:
         if met.group.main:
             lead = Lead(met)
             try:
-                return local.train(config, Leading(lead, config))
+                return local.train(config, Leading(lead))
             finally:
                 lead.end()
         return _follow(config, plan, met)
@@ -438,7 +428,7 @@ def _follow(config: RunConfig, plan: Plan, met: Met) -> int:
     with Interrupts(lambda _: None) as interrupts:
         try:
             with leaving_together():
-                following = Following(config, plan, interrupts, met.group)
+                following = Following(Roles(config, plan), interrupts, met.group)
             try:
                 attend(met, following.targets)
             finally:

@@ -43,7 +43,9 @@ def local(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return run(tmp_path_factory.mktemp("local"), tiny_model, "tiny", [])
 
 
-def run(folder: Path, model: str | Path, name: str, launcher: list[str], zero: int = 0) -> Any:
+def run(
+    folder: Path, model: str | Path, name: str, launcher: list[str], zero: int = 0
+) -> dict[str, Any]:
     config = write_config(folder, model, name, placement={"zero": zero} if zero else {})
     found = replay(config, name)
     status, output = finish(start(config, launcher))
