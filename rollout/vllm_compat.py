@@ -114,8 +114,26 @@ def beside_ranks() -> bool:
 
 
 def shut_down(llm: Any, keep_groups: bool) -> None:
-    """End the engine in this process; `LLM` has no public close."""
-    llm.llm_engine.engine_core.shutdown()
+    """End the engine in this process; `LLM` has no public close.
+
+    vLLM's own end destroys every group of the process (vLLM 0.32.0,
+    `destroy_distributed_environment`); `keep_groups` leaves those that it did not make. Can go when
+    upstream destroys its own alone.
+    """
+    from vllm.distributed import parallel_state
+
+    def destroy_own() -> None:
+        if parallel_state._WORLD:
+            parallel_state._WORLD.destroy()
+        parallel_state._WORLD = parallel_state._NODE_COUNT = None
+
+    everything = parallel_state.destroy_distributed_environment
+    if keep_groups:
+        parallel_state.destroy_distributed_environment = destroy_own
+    try:
+        llm.llm_engine.engine_core.shutdown()
+    finally:
+        parallel_state.destroy_distributed_environment = everything
     gc.collect()
     if torch.distributed.is_initialized() and not keep_groups:
         torch.distributed.destroy_process_group()

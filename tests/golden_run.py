@@ -12,7 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import polars as pl
@@ -27,11 +29,17 @@ from rollout.imports import resolve_path
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden")
-DEADLINE = 600.0
+DEADLINE = 1000.0
 KEYS = ["prompt_id", "chosen_sample", "rejected_sample", "chosen", "rejected"]
 
 
-def write_config(folder: Path, model: str | Path, name: str, **sections: Any) -> Path:
+def write_config(
+    folder: Path,
+    model: str | Path,
+    name: str,
+    rollout: Mapping[str, Any] = MappingProxyType({}),
+    **sections: Any,
+) -> Path:
     """Two rounds of 8 prompts x 4 samples x 24 tokens in fp32 with the Transformers generator."""
     values = run_values(
         folder,
@@ -50,7 +58,7 @@ def write_config(folder: Path, model: str | Path, name: str, **sections: Any) ->
     lines = [{"prompt": f"Tell me of thing {i}.", "cluster": f"train {i}"} for i in range(8)]
     train.write_text("".join(json.dumps(line) + "\n" for line in lines))
     values["prompts"]["train"] = {"path": str(train)}
-    values["rollout"]["max_new_tokens"] = 24
+    values["rollout"] |= {"max_new_tokens": 24, **rollout}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

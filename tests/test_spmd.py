@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import psutil
 import pytest
 import yaml
@@ -79,6 +80,30 @@ def test_ranks_repeat_the_run_of_one_process(
 ) -> None:
     launcher, zero = LAUNCHERS[how]
     assert_same_run(run(tmp_path, tiny_model, "tiny", launcher, zero), local, within=1e-5)
+
+
+@pytest.mark.engine
+def test_each_rank_serves_from_a_vllm_engine_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path,
+        tiny_model,
+        "tiny",
+        rollout={"engine": "vllm", "memory_gib": 0.2},
+        rounds={"count": 1},
+    )
+    status, output = finish(start(config, TORCHRUN))
+    assert status == 0, output
+    for generator in (0, 1):
+        for version in (0, 1):
+            assert f"version {version} to generator {generator}: parity holds" in output
+    round_1 = tmp_path / "runs/tiny/rounds/0001"
+    drawn = pl.read_parquet(round_1 / "completions/*.parquet")
+    assert drawn.select("prompt_id", "sample").n_unique() == drawn.height == 8 * 4
+    pairs = pl.read_parquet(round_1 / "pairs.parquet")
+    for side in ("chosen", "rejected"):
+        known = drawn.select("prompt_id", pl.col("sample").alias(f"{side}_sample"), side="text")
+        found = pairs.join(known, on=["prompt_id", f"{side}_sample"], validate="1:1")
+        assert found[side].to_list() == found["side"].to_list() and found.height == pairs.height > 0
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
