@@ -156,7 +156,7 @@ def _warm_up() -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     plain = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_attention_heads=2, **sizes))
     model = get_peft_model(plain, LoraConfig(target_modules="all-linear"))
     tokens = torch.ones(2, 64, dtype=torch.long)
@@ -206,7 +206,7 @@ def run(case: Case) -> Measured:
 
 def main() -> None:
     """Print the comparison as a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", help="train this case in this process; a JSON object")
     given = parser.parse_args().case
     if given is not None:

@@ -391,6 +391,12 @@ def _start(
         from launch.placement import plan
 
         return _show_plan(config, machine, plan, rehearse)
+    from launch.placement import launched
+
+    if launched(config):
+        from launch.spmd import train as run_ranks
+
+        return run_ranks(config)
     from launch.local import train as run
 
     return run(config)
@@ -436,6 +442,9 @@ def _usage(error: CycloptsError) -> str:
 
 def _stopped(message: str, arguments: Sequence[str], status: int) -> int:
     """Say how to go on, as a line to paste."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print(f"{message} (with its launcher)", file=sys.stderr)
+        return status
     as_module = Path(sys.argv[0]).name == "__main__.py"
     program = sys.executable if as_module else sys.argv[0]
     if shutil.which(Path(program).name) == program:

@@ -13,9 +13,10 @@ from hashlib import sha256
 from pathlib import Path
 
 from launch.judging import Judging
-from launch.local import Watchers, wired
+from launch.local import Watchers, Wiring
 from launch.machines import this_machine
 from launch.placement import place_on, settle
+from launch.roles import Alone
 from launch.terminal import Terminal
 from rlhf.config import Run, RunConfig, Tracking
 from rlhf.config_io import load
@@ -65,7 +66,8 @@ def answers(
     with Interrupts(terminal.announce) as interrupts, RunStore.open(config) as store:
         judging.open(store.folder / "judges", terminal.say)
         watchers = Watchers(terminal, Trackers({}, terminal.say), interrupts)
-        with wired(config, plan, store, judging, watchers) as parts:
+        wiring = Wiring(config, plan, store, judging, Alone())
+        with wiring.parts(watchers) as parts:
             do = Stages(config, store, parts)
             do.evaluate(store.round(0), version=0)
             for version, (_, policy) in enumerate(policies, start=1):

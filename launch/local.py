@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +12,15 @@ from launch.judging import Judging, Sharing
 from launch.machines import this_machine
 from launch.placement import Plan, place_on, settle
 from launch.quiet import hush, hush_transformers
+from launch.roles import Alone, Roles, Team
 from launch.terminal import Terminal
 from rlhf.config import RunConfig
 from rlhf.config_io import resolved
-from rlhf.config_offline import Trains
 from rlhf.errors import DataGateError, Interrupted, PairloopError
 from rlhf.interrupts import Interrupts
-from rlhf.protocols import Generator
 from rlhf.rounds import RunStore
 from rlhf.tracking import Trackers
 from rlhf.tracking import build as build_trackers
-from rollout.imports import resolve_path
 from rollout.judges.panel import planned_calls
 from rollout.prompts import Pools, load_pools, prompt_table, sample_round
 
@@ -32,13 +29,13 @@ if TYPE_CHECKING:
     from rlhf.stages import Outcome
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, team: Team | None = None) -> int:
     """Run the loop to its end; the exit status (see `pairloop --help`). Raises as `run` does."""
-    return DataGateError.exit_status if run(config).best_round is None else 0
+    return DataGateError.exit_status if run(config, team).best_round is None else 0
 
 
-def run(config: RunConfig) -> Outcome:
-    """Run the loop to its end, in this process, or go on with it.
+def run(config: RunConfig, team: Team | None = None) -> Outcome:
+    """Run the loop to its end, in this process with its `team`, or go on with it.
 
     Raises PairloopError: bad input, a data gate, a failed check, or an interruption.
     """
@@ -62,7 +59,8 @@ def run(config: RunConfig) -> Outcome:
         try:
             trackers.start(config.run.name, resolved(config), store.folder / "trackers")
             judging.open(store.folder / "judges", terminal.say)
-            with wired(config, plan, store, judging, watchers) as parts:
+            wiring = Wiring(config, plan, store, judging, team or Alone())
+            with wiring.parts(watchers) as parts:
                 from rlhf import online_dpo
 
                 outcome = online_dpo.run(config, store, parts)
@@ -111,103 +109,60 @@ def rehearse(config: RunConfig) -> str:
     return "\n".join([_counted(pools), *_calls(config, pools, judging), *uncertified])
 
 
-@contextmanager
-def wired(
-    config: RunConfig,
-    plan: Plan,
-    store: RunStore,
-    judging: Judging,
-    watchers: Watchers,
-) -> Iterator[Parts]:
-    """The parts of a run; frees generator and judges at the end."""
-    from rlhf.learner import Learner
-    from rlhf.policy import Policy, load_tokenizer, prompt_encoder
-    from rlhf.stage_base import Parts
-    from rollout.weight_sync import Serving
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What the parts of a run are made from."""
 
-    hush_transformers()
-    path = model_path(config)
-    tokenizer = load_tokenizer(config.model, path)
-    pools = load_pools(config.prompts, config.run.seed, prompt_encoder(tokenizer))
-    for line in (_counted(pools), *_calls(config, pools, judging)):
-        watchers.terminal.say(line)
-    policy = Policy(config.model, path, plan.device, config.run.seed)
-    learner = Learner(policy, config, watchers.terminal.say)
-    serving = Serving(
-        lambda: _generator(config, plan, policy, pools),
-        learner,
-        plan.sync,
-        store.folder / "published",
-        pools.train,
-        lambda found: watchers.terminal.say(_parity_line(found)),
-    )
-    try:
-        yield Parts(
-            serving=Sharing(serving, judging),
-            learner=learner,
-            sample=lambda index: sample_round(
-                pools.train, index - 1, config.rounds.prompts_per_round, config.run.seed
-            ),
-            gate=pools.gate,
-            final=pools.final,
-            score=judging.score,
-            check_scores=judging.check,
-            watch=judging.watch,
-            prompt_table=prompt_table,
-            counts=pools.counts,
-            reporter=watchers.terminal,
-            trackers=watchers.trackers,
-            interrupts=watchers.interrupts,
+    config: RunConfig
+    plan: Plan
+    store: RunStore
+    judging: Judging
+    team: Team
+
+    @contextmanager
+    def parts(self, watchers: Watchers) -> Iterator[Parts]:
+        """The parts of a run; frees generator and judges at the end."""
+        from rlhf.policy import prompt_encoder
+        from rlhf.stage_base import Parts
+        from rollout.weight_sync import Serving
+
+        hush_transformers()
+        config, plan, store, judging = self.config, self.plan, self.store, self.judging
+        roles = Roles(config, plan)
+        pools = load_pools(config.prompts, config.run.seed, prompt_encoder(roles.tokenizer))
+        for line in (_counted(pools), *_calls(config, pools, judging)):
+            watchers.terminal.say(line)
+        learner = self.team.learner(roles, watchers.terminal.say)
+        longest = max(len(p.token_ids) for p in (*pools.train, *pools.gate, *pools.final))
+        serving = Serving(
+            lambda: self.team.generator(roles, longest),
+            learner,
+            plan.sync,
+            store.folder / "published",
+            pools.train,
+            lambda found: watchers.terminal.say(_parity_line(found)),
         )
-    finally:
-        serving.close()
-        judging.close()
-
-
-def _generator(config: RunConfig, plan: Plan, policy: Any, pools: Pools) -> Generator:
-    rollout = config.rollout
-    if plan.engine == "transformers":
-        from rollout.transformers_generator import TransformersGenerator
-
-        return TransformersGenerator(
-            policy.path,
-            policy.tokenizer,
-            policy.stop_ids,
-            policy.dtype,
-            plan.device,
-            rollout.max_concurrency,
-        )
-    from rollout.vllm_engine import EngineOptions
-    from rollout.vllm_generator import Served, VllmGenerator
-
-    longest = max(len(p.token_ids) for p in (*pools.train, *pools.gate, *pools.final))
-    return VllmGenerator(
-        Served(
-            base=policy.path,
-            stop_ids=policy.stop_ids,
-            lora_rank=policy.rank,
-            quantised=config.model.tuning == "qlora",
-        ),
-        EngineOptions(
-            dtype=policy.dtype,
-            device=plan.device,
-            # One more: scoring a full-length sequence asks the engine for one token.
-            max_length=longest + rollout.max_new_tokens + 1,
-            max_concurrency=rollout.max_concurrency,
-            memory_gib=rollout.memory_gib,
-            gpu_memory_share=rollout.gpu_memory_share,
-            seed=config.run.seed,
-        ),
-    )
-
-
-def model_path(config: Trains) -> str:
-    """Where Transformers loads the policy's model from; a .gguf file is converted once."""
-    from rlhf.policy import materialise
-
-    given = config.model.path
-    local = given.startswith("package:") or os.path.exists(given)
-    return materialise(str(resolve_path(given)) if local else given)
+        try:
+            yield Parts(
+                serving=Sharing(serving, judging),
+                learner=learner,
+                sample=lambda index: sample_round(
+                    pools.train, index - 1, config.rounds.prompts_per_round, config.run.seed
+                ),
+                gate=pools.gate,
+                final=pools.final,
+                score=judging.score,
+                check_scores=judging.check,
+                watch=judging.watch,
+                prompt_table=prompt_table,
+                counts=pools.counts,
+                reporter=watchers.terminal,
+                trackers=watchers.trackers,
+                interrupts=watchers.interrupts,
+            )
+        finally:
+            serving.close()
+            judging.close()
 
 
 def _counted(pools: Pools) -> str:
@@ -233,8 +188,9 @@ def _parity_line(found: dict[str, Any]) -> str:
         "indistinguishable": "fresh and stale can't be told apart by log-probs (version and "
         "checksum agree)",
     }
+    of = f" to generator {found['generator']}" if "generator" in found else ""
     return (
-        f"published version {found['version']}: {said[found['verdict']]}, gap "
+        f"published version {found['version']}{of}: {said[found['verdict']]}, gap "
         f"{found['gap']:.4f} nats a token{slope}"
     )
 

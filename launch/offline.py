@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from launch.local import model_path
 from launch.machines import this_machine
 from launch.placement import device_of, settle
 from launch.quiet import hush, hush_transformers
+from launch.roles import model_path
 from launch.terminal import Terminal
 from rlhf.config_io import resolved
 from rlhf.config_offline import OfflineConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -73,6 +74,22 @@ def place(
             "fits"
         )
     return Plan(device, engine, sync)
+
+
+def launched(config: RunConfig) -> bool:
+    """Whether a launcher started this process as one of several ranks (`placement.kind` spmd).
+
+    Raises InputError where the config asks for another kind than was started.
+    """
+    ranks, kind = int(os.environ.get("WORLD_SIZE", "1")), config.placement.kind
+    if kind == "local" and ranks > 1:
+        raise InputError(
+            f"placement.kind is local, but a launcher started {ranks} ranks; use spmd or auto, or "
+            "start it without the launcher"
+        )
+    if kind == "ray":
+        raise InputError("placement.kind ray can be planned with --dry-run, but not run yet")
+    return kind == "spmd" or ranks > 1
 
 
 def device_of(

@@ -65,6 +65,12 @@ def check_adapter(folder: Path) -> None:
     raise InputError(f"model.adapter: {folder} must have {ADAPTER}, and has not")
 
 
+def highest_rank(folder: Path) -> int:
+    """That of the layers of `model.adapter`."""
+    config = _config(folder / CONFIG)
+    return max(int(rank) for rank in (config.r, *(config.rank_pattern or {}).values()))
+
+
 def import_adapter(old: Path, new: Path) -> int:
     """Write the LoRA adapter in `old`, saved as `adapter_model.bin`, as safetensors into `new`.
 

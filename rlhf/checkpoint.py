@@ -6,19 +6,31 @@ where the data stands; weights, optimizer, loss scaler and random generators are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rlhf.errors import InputError
-from rlhf.files import atomic_folder, make_folder, read_json, remove, sha256_file, write_json
+from rlhf.files import (
+    atomic_file,
+    atomic_folder,
+    make_folder,
+    read_json,
+    remove,
+    sha256_file,
+    write_json,
+)
+from rlhf.group import ALONE, Group
 from rlhf.policy import Policy
+from rlhf.sharding import Sharding
 
 KEPT = 2
-_FILES = ("trained.safetensors", "state.pt")
+TRAINED = "trained.safetensors"
 
 
 @dataclass(slots=True)
@@ -37,43 +49,43 @@ class Progress:
 
 
 class Checkpoints:
-    """The last checkpoints of one round's training, in `folder`, named by their step."""
+    """The last checkpoints of one round's training, in `folder`, named by their step.
 
-    def __init__(
-        self, folder: Path, policy: Policy, optimizer: Any, scaler: torch.amp.GradScaler
-    ) -> None:
+    Every rank calls every method; the trained weights are stored once, what else a rank holds
+    (its optimizer or its shard of it, its random generators) in a file of its own.
+    """
+
+    def __init__(self, folder: Path, policy: Policy, sharding: Sharding) -> None:
         self._folder = folder
         self._policy = policy
-        self._optimizer = optimizer
-        self._scaler = scaler
+        self._sharding = sharding
+        self._group = sharding.group
 
     def save(self, progress: Progress) -> None:
         """Store a checkpoint; only once it is whole, all but the last `KEPT` go."""
-        make_folder(self._folder)
-        with atomic_folder(self._folder / f"{progress.step:06d}") as folder:
-            save_trained(self._policy, folder / _FILES[0])
+        with self._shared_folder(f"{progress.step:06d}") as folder:
+            save_trained(self._policy, folder / TRAINED, self._group)
             generators = {"cpu": torch.get_rng_state()}
             if self._policy.device != "cpu":
                 generators["cuda"] = torch.cuda.get_rng_state()
-            torch.save(
-                {
-                    "optimizer": self._optimizer.state_dict(),
-                    "scaler": self._scaler.state_dict(),
-                    "rng": generators,
-                },
-                folder / _FILES[1],
-            )
-            hashes = {name: sha256_file(folder / name) for name in _FILES}
-            write_json(folder / "checkpoint.json", {**asdict(progress), "sha256": hashes})
-        for old in self._stored()[:-KEPT]:
-            remove(old)
+            torch.save({"sharding": self._sharding.state(), "rng": generators}, folder / self._own)
+            self._group.wait()
+            if self._group.main:
+                hashes = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
+                about = {"ranks": self._group.world, "sharding": self._kind, "sha256": hashes}
+                write_json(folder / "checkpoint.json", {**asdict(progress), **about})
+        if self._group.main:
+            for old in self._stored()[:-KEPT]:
+                remove(old)
 
     def resume(self, round_index: int) -> Progress:
         """Go on from the newest checkpoint; from the start where there is none.
 
-        Raises InputError where a file is not as it was written.
+        Raises InputError where a file is not as it was written, or as many ranks with the same
+        sharding didn't write it.
         """
-        stored = self._stored()
+        # Rank 0 looks, so that all go on from the same one.
+        stored = self._group.first(self._stored())
         if not stored:
             return Progress(round_index)
         folder = stored[-1]
@@ -81,20 +93,47 @@ class Checkpoints:
             f"step {int(stored[-2].name)}" if len(stored) > 1 else "this round's start"
         )
         meta = read_json(folder / "checkpoint.json", redo)
+        wrote, now = (meta.pop("ranks"), meta.pop("sharding")), (self._group.world, self._kind)
+        if wrote != now:
+            raise InputError(
+                f"{folder} was written by {wrote[0]} ranks ({wrote[1]}), and {now[0]} ({now[1]}) "
+                f"would go on; start it as before, or remove {folder.parent} to redo this round's "
+                "training"
+            )
         for name, expected in meta.pop("sha256").items():
             found = sha256_file(folder / name) if (folder / name).is_file() else None
             if found != expected:
                 raise InputError(
                     f"{folder / name}: its SHA-256 is {found}, not {expected} as written; {redo}"
                 )
-        load_trained(self._policy, folder / _FILES[0])
-        kept = torch.load(folder / _FILES[1], weights_only=True, map_location=self._policy.device)
-        self._optimizer.load_state_dict(kept["optimizer"])
-        self._scaler.load_state_dict(kept["scaler"])
-        torch.set_rng_state(kept["rng"]["cpu"].cpu())
+        load_trained(self._policy, folder / TRAINED)
+        self._sharding.reload()
+        kept = torch.load(folder / self._own, weights_only=True, map_location="cpu")
+        self._sharding.load(kept["sharding"])
+        torch.set_rng_state(kept["rng"]["cpu"])
         if "cuda" in kept["rng"]:
-            torch.cuda.set_rng_state(kept["rng"]["cuda"].cpu())
+            torch.cuda.set_rng_state(kept["rng"]["cuda"])
         return Progress(**meta)
+
+    @property
+    def _own(self) -> str:
+        return f"rank-{self._group.rank:05d}.pt"
+
+    @property
+    def _kind(self) -> str:
+        return str(self._sharding)
+
+    @contextmanager
+    def _shared_folder(self, name: str) -> Iterator[Path]:
+        """A staging folder that all ranks fill and rank 0 makes, fsyncs and names."""
+        if not self._group.main:
+            yield self._group.first(self._folder)
+            self._group.wait()
+            return
+        make_folder(self._folder)
+        with atomic_folder(self._folder / name) as folder:
+            yield self._group.first(folder)
+        self._group.wait()
 
     def _stored(self) -> list[Path]:
         """From oldest to newest; what a kill left half-written is not among them."""
@@ -104,14 +143,22 @@ class Checkpoints:
         return sorted(stored, key=lambda path: int(path.name))
 
 
-def save_trained(policy: Policy, file: Path) -> None:
-    """The trained weights as they are, fp32 masters included."""
-    save_file({n: p.detach().cpu().contiguous() for n, p in policy.trainable()}, file)
+def save_trained(policy: Policy, file: Path, group: Group = ALONE) -> None:
+    """The trained weights as they are, fp32 masters included; rank 0 writes."""
+    kept = {}
+    for name, parameter in policy.trainable():
+        # One at a time: split over ranks, they may be whole on none.
+        with policy.gathered([parameter], False):
+            if group.main:
+                kept[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    if group.main:
+        with atomic_file(file) as staging:
+            save_file(kept, staging)
 
 
 def load_trained(policy: Policy, file: Path) -> None:
     """Weights that `save_trained` wrote."""
-    trained = load_file(file)
-    with torch.no_grad():
+    with safe_open(file, framework="pt") as trained, torch.no_grad():
         for name, parameter in policy.trainable():
-            parameter.copy_(trained[name])
+            with policy.gathered([parameter], True):
+                parameter.copy_(trained.get_tensor(name))

@@ -83,10 +83,18 @@ class Gates(Section):
 class Placement(Section):
     """Where things run."""
 
-    kind: Literal["local"] = "local"
-    """`local`: everything in this process."""
+    kind: Literal["auto", "local", "spmd", "ray"] = "auto"
+    """`local`: everything in one process. `spmd`: every rank of `accelerate launch` or torchrun
+    runs the loop. `ray`: engines and learner ranks are actors on a cluster. `auto`: one process; on
+    a cluster that a dry run describes, the kind that fits it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO stage of the learner's ranks: each holds its share of the optimizer (1), of
+    the gradients too (2), of the weights too (3) (Rajbhandari et al. 2020). Each stage saves memory
+    and costs communication; 0 holds everything on every rank."""
+    offload: bool = False
+    """Keep the optimizer, and under ZeRO-3 the weights, in host memory; slow, and a last resort."""
 
 
 class Wandb(Section):

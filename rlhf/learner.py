@@ -1,8 +1,12 @@
-"""The learner: one policy over Accelerate, trained on a round's pairs or labels.
+"""The learner: one policy over one or more ranks, trained on a round's pairs or labels.
 
 An optimizer step sums every example's loss and divides by what the whole step holds, so how the
-step is cut into micro-batches changes nothing but rounding. Checkpoints hold all that the next step
-depends on; the learning rate and the order of examples are functions of (seed, round, step).
+step is cut into micro-batches, and those over ranks, changes nothing but rounding. Checkpoints hold
+all that the next step depends on; the learning rate and the order of examples are functions of
+(seed, round, step).
+
+Where ranks train together, every rank calls the same methods with the same arguments and gets the
+same answers; rank 0 writes the files.
 """
 
 from __future__ import annotations
@@ -11,15 +15,12 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import polars as pl
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
 from rlhf.checkpoint import Checkpoints, Progress, load_trained, save_trained
@@ -35,32 +36,19 @@ from rlhf.examples import (
     sequences,
     split_by_cluster,
 )
-from rlhf.files import atomic_file
+from rlhf.group import Group
 from rlhf.logprobs import Batch, sequence_logps, split_rows
-from rlhf.objectives import kl_baseline, metrics
-from rlhf.optimizer import check_optimizer, learning_rate, make_optimizer
+from rlhf.objectives import Logps, kl_baseline, metrics
+from rlhf.optimizer import check_optimizer, learning_rate
 from rlhf.packing import TokenPair
 from rlhf.policy import Policy
+from rlhf.protocols import OnStep
 from rlhf.scoring import Scorer
-from rlhf.types import Completion
+from rlhf.sharding import Replicated, Sharding
+from rlhf.types import Completion, Trained
 
 BEST = "best.safetensors"
-OnStep = Callable[[int, dict[str, float]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What a round's training did."""
-
-    planned_steps: int
-    executed_steps: int
-    skipped_steps: int
-    first_loss: float | None
-    """Loss of the round's first step; None for a round without steps."""
-    best_step: int | None = None
-    """The step whose weights were kept, for their validation loss; None without validation."""
-    best_loss: float | None = None
-    """That validation loss."""
+T = TypeVar("T")
 
 
 class Learner:
@@ -71,17 +59,13 @@ class Learner:
         policy: Policy,
         config: Trains,
         say: Callable[[str], None] = lambda _: None,
+        shard: Callable[[Policy, Trains], Sharding] | None = None,
     ) -> None:
+        """`shard` says how the policy lies over the ranks; by default this process is alone."""
         self.policy = policy
         self.config = config
         self.settings = config.learner
         check_optimizer(config.learner, policy.device)
-        # Precision and micro-batches are the config's; else `accelerate launch` sets them unasked.
-        self.accelerator = Accelerator(
-            cpu=policy.device == "cpu",
-            mixed_precision="no",
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        )
         if self.settings.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -90,16 +74,31 @@ class Learner:
         self.scorer = Scorer(
             policy, self.settings.micro_batch_tokens, self.settings.on_inexact, say
         )
+        self.sharding = (
+            shard(policy, config)
+            if shard
+            else Replicated(policy, config.learner, config.model.precision)
+        )
+        self.group = self.sharding.group
+
+    def restore(self, folder: Path | None) -> None:
+        """Trained weights that `save` wrote; None goes back to the start of the run."""
+        self.policy.restore(folder)
+        self.sharding.reload()
+
+    def save(self, folder: Path, card: str) -> None:
+        """See `Policy.save`."""
+        self.policy.save(folder, card, write=self.group.main)
+
+    def save_merged(self, folder: Path) -> None:
+        """See `Policy.save_merged`."""
+        self.policy.save_merged(folder, write=self.group.main)
 
     def logps(self, completions: Sequence[Completion], initial: bool = False) -> list[list[float]]:
         """Token log-probs of completions under the policy, or under the run's initial policy."""
         sequences = [(c.prompt_token_ids, c.token_ids) for c in completions]
-        found: list[list[float]] = [[] for _ in sequences]
         kind = "initial" if initial else "round_start"
-        for rows, batch, tokens_N in self._score(sequences, kind):
-            for row, values in zip(rows, split_rows(tokens_N, batch), strict=True):
-                found[row] = values
-        return found
+        return self._score(sequences, kind, split_rows)
 
     def reference_logps(self, table: pl.DataFrame, round_index: int) -> pl.DataFrame:
         """Sequence log-probs under the reference that a round on `table` needs (schema
@@ -122,23 +121,31 @@ class Learner:
         # An answer may be in several pairs.
         numbers: dict[TokenPair, int] = {}
         chosen = [numbers.setdefault(s, len(numbers)) for s in sequences]
-        found = np.empty(len(numbers))
-        for rows, batch, tokens_N in self._score(list(numbers), kind):
-            found[rows] = sequence_logps(tokens_N, batch).double().cpu().numpy()
-        sums: list[float] = found[chosen].tolist()
-        return sums
+        found: list[float] = self._score(
+            list(numbers),
+            kind,
+            lambda tokens_N, batch: sequence_logps(tokens_N, batch).double().tolist(),
+        )
+        return [found[number] for number in chosen]
 
     def _score(
-        self, sequences: Sequence[TokenPair], kind: str
-    ) -> Iterator[tuple[list[int], Batch, Tensor]]:
+        self,
+        sequences: Sequence[TokenPair],
+        kind: str,
+        read: Callable[[Tensor, Batch], list[T]],
+    ) -> list[T]:
+        """What `read` makes of the token log-probs of each sequence, over all ranks."""
         examples = [[sequence] for sequence in sequences]
-        self.scorer.prove(examples)
+        self.scorer.prove(examples, self.group)
+        planned, found = [], []
         with self.policy.reference(kind) as model, torch.no_grad():
             model.eval()
-            for micro in self.scorer.plan(examples):
+            for micro in self.scorer.plan(examples, self.group):
                 rows = list(micro.examples)
                 tokens_N, batch = self.scorer.tokens(model, [sequences[i] for i in rows])
-                yield rows, batch, tokens_N
+                planned.append(rows)
+                found.append(read(tokens_N, batch))
+        return self.group.scattered(planned, found)
 
     def release(self) -> None:
         """Give back what only training needed: gradients, and device memory that torch caches."""
@@ -190,21 +197,19 @@ class Learner:
         """
         assert (reference is not None) == self.config.objective.needs.reference
         steps, held = self.steps(table, reference, round_index)
-        self.scorer.prove([e.sequences for step in steps for e in step.examples])
-        optimizer = make_optimizer(
-            self.policy.trainable(), self.settings, self.config.learning_rate
-        )
-        model, optimizer = self.accelerator.prepare(self.policy.model, optimizer)
-        model.train()
-        scaler = torch.amp.GradScaler(
-            self.policy.device, enabled=self.config.model.precision == "fp16"
-        )
-        checkpoints = Checkpoints(state / "checkpoints", self.policy, optimizer, scaler)
+        self.scorer.prove([e.sequences for step in steps for e in step.examples], self.group)
+        self.sharding.begin()
+        self.sharding.model.train()
+        checkpoints = Checkpoints(state / "checkpoints", self.policy, self.sharding)
         progress = checkpoints.resume(round_index)
         # A round's start is fixed by its number, not by what this process drew before.
         if progress.step == 0:
             torch.manual_seed(_seed(self.config.run.seed, round_index))
             self.policy.begin_round()
+            self.sharding.reload()
+            if not self.group.main:
+                # What is drawn from here on is this rank's own: dropout.
+                torch.manual_seed(_seed(self.config.run.seed, round_index, self.group.rank))
         patience = self.settings.patience or self.settings.epochs
         while progress.step < len(steps) and progress.stale_epochs < patience:
             started = time.perf_counter()
@@ -215,20 +220,19 @@ class Learner:
                 self.settings.schedule,
                 self.settings.warmup_share,
             )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             step = steps[progress.step]
-            found = self._step(model, optimizer, scaler, step, progress)
+            found = self._step(step, rate, progress)
             seconds = time.perf_counter() - started
             found |= {"learning_rate": rate, "tokens_per_second": step.tokens / seconds}
             progress.step += 1
             if held is not None and progress.step % (len(steps) // self.settings.epochs) == 0:
-                found |= self._validate(model, held, progress, state / BEST)
+                found |= self._validate(held, progress, state / BEST)
             on_step(progress.step, found)
             self._save_or_stop(checkpoints, progress, len(steps), check)
         if progress.best_step not in (None, progress.step):
             load_trained(self.policy, state / BEST)
-        self.accelerator.free_memory()
+            self.sharding.reload()
+        self.sharding.begin()
         return Trained(
             len(steps),
             progress.step - progress.skipped,
@@ -238,127 +242,114 @@ class Learner:
             progress.best_loss,
         )
 
-    def _validate(
-        self, model: torch.nn.Module, held: Step, progress: Progress, best: Path
-    ) -> dict[str, float]:
+    def _validate(self, held: Step, progress: Progress, best: Path) -> dict[str, float]:
         """Measure the held-out examples after an epoch; keep the weights if they are the best."""
-        found = self.measure(model, held)
+        found = self.measure(held)
         # A loss that is no number is never the best.
         if progress.best_loss is None or found["loss"] < progress.best_loss:
             progress.best_loss, progress.best_step = found["loss"], progress.step
             progress.stale_epochs = 0
-            with atomic_file(best) as file:
-                save_trained(self.policy, file)
+            save_trained(self.policy, best, self.group)
         else:
             progress.stale_epochs += 1
         return {f"validation_{name}": value for name, value in found.items()}
 
-    def measure(self, model: torch.nn.Module, step: Step) -> dict[str, float]:
+    def measure(self, step: Step) -> dict[str, float]:
         """Loss and metrics of a step's examples, without gradient or dropout."""
         objective, loss = self.config.objective, step.loss(self.config.objective)
-        baseline, tally, total = self._baseline(model, step), _Tally(), 0.0
-        model.eval()
+        baseline, tally, total = self._baseline(step), _Tally(), 0.0
+        self.sharding.model.eval()
         with torch.no_grad():
-            for micro in self._micro_batches(step):
-                sums_S = self.sequence_logps(model, sequences(micro))
-                logps = logps_of(micro, sums_S, baseline, objective.needs.reference)
-                total += float(loss.total(logps))
-                tally.add(metrics(logps, objective))
-        model.train()
-        return {"loss": total, **tally.means()}
+            for micro, weight in self._micro_batches(step):
+                logps = self._logps(micro, baseline)
+                if weight:
+                    total += float(loss.total(logps))
+                    tally.add(metrics(logps, objective))
+        self.sharding.model.train()
+        return {"loss": self.group.sums({"loss": total})["loss"], **tally.means(self.group)}
 
-    def _step(
-        self,
-        model: torch.nn.Module,
-        optimizer: Any,
-        scaler: torch.amp.GradScaler,
-        step: Step,
-        progress: Progress,
-    ) -> dict[str, float]:
+    def _step(self, step: Step, rate: float, progress: Progress) -> dict[str, float]:
         objective, loss = self.config.objective, step.loss(self.config.objective)
-        baseline = self._baseline(model, step)
+        baseline = self._baseline(step)
         tally = _Tally()
         lost = torch.zeros(2, dtype=torch.float64)
-        optimizer.zero_grad(set_to_none=True)
-        for micro in self._micro_batches(step):
-            sums_S = self.sequence_logps(model, sequences(micro))
-            logps = logps_of(micro, sums_S, baseline, objective.needs.reference)
+        for micro, weight in self._micro_batches(step):
+            logps = self._logps(micro, baseline)
             own, nll = loss.parts(logps)
             total = own + objective.sft * nll
-            self.accelerator.backward(scaler.scale(total))
-            lost += torch.stack([total, nll]).detach().double().cpu()
-            tally.add(metrics(logps, objective))
-        found = {"loss": float(lost[0]), **tally.means()}
+            self.sharding.backward(total * weight)
+            if weight:
+                lost += torch.stack([total, nll]).detach().double().cpu()
+                tally.add(metrics(logps, objective))
+        sums = self.group.sums({"loss": float(lost[0]), "nll": float(lost[1])})
+        found = {"loss": sums["loss"], **tally.means(self.group)}
         if objective.sft:
-            found["nll"] = float(lost[1])
+            found["nll"] = sums["nll"]
         if step.mismatched:
             found["kl_baseline"] = float(baseline)
-        scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for _, p in self.policy.trainable()], self.settings.max_grad_norm
-        )
-        found["grad_norm"] = float(norm)
-        finite = math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])
-        found["skipped"] = float(not finite)
         if progress.step == 0:
             progress.first_loss = found["loss"]
             self._check_first_loss(progress.round_index, step, found["loss"])
+        # The loss is looked at first: from here on the ranks agree on what they do.
+        finite = math.isfinite(found["loss"])
+        found["grad_norm"] = self.sharding.update(rate) if finite else math.nan
+        finite = math.isfinite(found["grad_norm"])
+        found["skipped"] = float(not finite)
         if finite:
             progress.skipped_in_a_row = 0
-            scaler.step(getattr(optimizer, "optimizer", optimizer))
-            scaler.update()
         else:
-            self._skip(scaler, optimizer, progress, found)
+            self._skip(progress, found)
         return found
 
-    def _micro_batches(self, step: Step) -> Iterator[list[Example]]:
-        for planned in self.scorer.plan([e.sequences for e in step.examples]):
-            yield [step.examples[i] for i in planned.examples]
+    def _micro_batches(self, step: Step) -> Iterator[tuple[list[Example], float]]:
+        """This rank's share of a step, and what each part weighs: 0 where the rank only keeps up
+        with the others."""
+        for planned in self.scorer.plan([e.sequences for e in step.examples], self.group):
+            yield [step.examples[i] for i in planned.examples], planned.weight
 
-    def _baseline(self, model: torch.nn.Module, step: Step) -> Tensor:
+    def _logps(self, examples: Sequence[Example], baseline: Tensor) -> Logps:
+        """What an objective takes of `examples`; one forward pass."""
+        sums_S = self.sequence_logps(sequences(examples))
+        return logps_of(examples, sums_S, baseline, self.config.objective.needs.reference)
+
+    def _baseline(self, step: Step) -> Tensor:
         """KTO's z0 of the whole step: no gradient, no dropout; 0 where nothing is mismatched."""
-        if not step.mismatched:
-            return torch.zeros((), device=self.policy.device)
-        given, policy, reference = step.mismatched, [], []
-        model.eval()
+        given, device = step.mismatched, self.policy.device
+        if not given:
+            return torch.zeros((), device=device)
+        planned, found = [], []
+        self.sharding.model.eval()
         with torch.no_grad():
-            for planned in self.scorer.plan([[sequence] for sequence in given]):
-                rows = planned.examples
-                policy.append(self.sequence_logps(model, [given[i] for i in rows]))
-                reference += [step.reference_mismatched[i] for i in rows]
-        model.train()
-        policy_B = torch.cat(policy)
-        return kl_baseline(policy_B, policy_B.new_tensor(reference))
+            for micro in self.scorer.plan([[sequence] for sequence in given], self.group):
+                planned.append(micro.examples)
+                found.append(self.sequence_logps([given[i] for i in micro.examples]).tolist())
+        self.sharding.model.train()
+        dtype = torch.float64 if self.policy.model.dtype == torch.float64 else torch.float32
+        policy_B = torch.tensor(self.group.scattered(planned, found), dtype=dtype, device=device)
+        return kl_baseline(policy_B, policy_B.new_tensor(step.reference_mismatched))
 
-    def sequence_logps(self, model: torch.nn.Module, sequences: Sequence[TokenPair]) -> Tensor:
+    def sequence_logps(self, sequences: Sequence[TokenPair]) -> Tensor:
         """Sum of the completion's log-probs of each (prompt ids, completion ids), shape [S].
 
-        In the order given, differentiable; one forward pass of `model`, which may be wrapped.
+        In the order given, differentiable; one forward pass of the model, wrapped or not.
         """
-        return self.scorer.sums(model, sequences, self.policy.model)
+        return self.scorer.sums(self.sharding.model, sequences, self.policy.model)
 
-    def _skip(
-        self,
-        scaler: torch.amp.GradScaler,
-        optimizer: Any,
-        progress: Progress,
-        metrics: dict[str, float],
-    ) -> None:
+    def _skip(self, progress: Progress, metrics: dict[str, float]) -> None:
         what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
         where = f"step {progress.step + 1}"
-        optimizer.zero_grad(set_to_none=True)
-        if not scaler.is_enabled():
+        self.sharding.skip()
+        if self.sharding.loss_scale is None:
             raise NonFiniteError(
                 f"{where}: {what}; the weights were not touched. Lower learner.learning_rate or "
                 "look at this step's pairs"
             )
-        scaler.update(scaler.get_scale() / 2)
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row >= self.settings.max_skipped_steps:
             raise NonFiniteError(
                 f"{where}: {progress.skipped_in_a_row} fp16 overflows in a row ({what}, loss scale "
-                f"now {scaler.get_scale():g}); use model.precision bf16 or fp32"
+                f"now {self.sharding.loss_scale:g}); use model.precision bf16 or fp32"
             )
 
     def _check_first_loss(self, round_index: int, step: Step, loss: float) -> None:
@@ -386,7 +377,7 @@ class Learner:
         check: Callable[[], None],
     ) -> None:
         try:
-            check()
+            self.group.stop_together(check)
         except BaseException:
             checkpoints.save(progress)
             raise
@@ -405,9 +396,11 @@ class _Tally:
             before, of = self._found.get(name, (0.0, 0))
             self._found[name] = (before + float(value), of + count)
 
-    def means(self) -> dict[str, float]:
-        """Nothing of what there was nothing of: a step may have no bad answer."""
-        return {n: value / of for n, (value, of) in self._found.items() if of}
+    def means(self, group: Group) -> dict[str, float]:
+        """Over all ranks; nothing of what there was nothing of: a step may have no bad answer."""
+        values = group.sums({name: value for name, (value, _) in self._found.items()})
+        counts = group.sums({name: of for name, (_, of) in self._found.items()})
+        return {name: value / counts[name] for name, value in values.items() if counts[name]}
 
 
 def _drops_out(model: torch.nn.Module) -> bool:

@@ -85,7 +85,7 @@ def run(config: OfflineConfig, store: RunStore, parts: Parts) -> dict[str, Any]:
     def start() -> dict[str, float]:
         _, held = learner.steps(table, reference, 1)
         assert held is not None, "offline training holds clusters out"
-        return learner.measure(learner.policy.model, held)
+        return learner.measure(held)
 
     def answers(policy: Path | None) -> pl.DataFrame:
         learner.policy.restore(policy)
@@ -162,13 +162,13 @@ def _train(
         parts.reporter.metrics("train", values)
         if step % each == 0:
             with atomic_folder(store.folder / "epochs" / f"{step // each:02d}") as folder:
-                learner.policy.save(folder, _card(config, f"epoch {step // each}"))
+                learner.save(folder, _card(config, f"epoch {step // each}"))
         advance(step)
 
     def compute(folder: Path) -> None:
         scratch = round.scratch("trainer")
         learner.train(table, reference, 1, scratch, on_step, parts.check)
-        learner.policy.save(folder, _card(config, "the best epoch"))
+        learner.save(folder, _card(config, "the best epoch"))
 
     with parts.reporter.progress("train", planned) as advance:
         round.folder("policy", compute)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ from rlhf.files import atomic_folder
 from rlhf.model_cache import made_of
 from rlhf.types import Message
 from rlhf.weights import dequantised, load_base, named_weights, read_weights, write_into
+
+Gathered = Callable[[Sequence[nn.Parameter], bool], AbstractContextManager[None]]
+"""While entered, these parameters are whole on every rank; with True, what rank 0 makes of them
+stays."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -156,17 +160,15 @@ class Policy:
         self._initial = (
             {n: p.detach().cpu().clone() for n, p in self.trainable()} if self.adapted else None
         )
+        self.gathered: Gathered = lambda parameters, write: nullcontext()
+        """Set, with `split`, by whoever splits the weights over ranks, where no tensor is whole
+        outside of it; entered by all ranks together."""
+        self.split = False
 
     @property
     def adapted(self) -> bool:
         """Whether only an adapter is trained."""
         return self.config.tuning != "full"
-
-    @property
-    def rank(self) -> int:
-        """Highest rank of the adapter's layers; 0 without one."""
-        layers: Any = [m for m in self.plain_model().modules() if isinstance(m, LoraLayer)]
-        return max((layer.r["default"] for layer in layers), default=0)
 
     @property
     def pad_id(self) -> int:
@@ -207,31 +209,40 @@ class Policy:
             finally:
                 self.model.set_adapter("default")  # type: ignore[operator]
 
-    def save(self, folder: Path, card: str) -> None:
-        """A Hugging Face folder (PEFT adapter, or fp32 masters) with tokenizer and model card."""
+    def save(self, folder: Path, card: str, write: bool = True) -> None:
+        """A Hugging Face folder (PEFT adapter, or fp32 masters) with tokenizer and model card.
+
+        Where weights are split over ranks, all ranks call this, and one of them writes.
+        """
         if not self.config.whole:
             assert isinstance(self.model, PeftModel)
-            weights = self._adapter_weights()
-            save_file(
-                {n: t.detach().cpu().contiguous() for n, t in sorted(weights.items())},
-                folder / ADAPTER,
-                metadata={"format": "pt"},
-            )
+            with self.gathered([p for _, p in self.trainable()], False):
+                found = sorted(self._adapter_weights().items())
+                weights = {n: t.detach().cpu().contiguous() for n, t in found}
+            if not write:
+                return
+            save_file(weights, folder / ADAPTER, metadata={"format": "pt"})
             described = self.model.peft_config["default"].to_dict()
             described["inference_mode"] = True
             described["base_model_name_or_path"] = self.path
             described["revision"] = self.config.revision
             (folder / "adapter_config.json").write_text(_stable_json(described))
         else:
-            weights = self._masters(self._base) if self.config.merges else self._held()
-            self._save_whole(folder, self._with_adapter(weights), torch.float32)
+            masters = self._masters(self._base).items() if self.config.merges else self._held()
+            self._save_whole(folder, self._with_adapter(masters), torch.float32, write)
+        if not write:
+            return
         self.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
-    def save_merged(self, folder: Path) -> None:
-        """A whole model folder in compute precision: base (dequantised if NF4) plus adapter."""
-        self._save_whole(folder, self.merged_weights(), self.dtype)
-        self.tokenizer.save_pretrained(folder)
+    def save_merged(self, folder: Path, write: bool = True) -> None:
+        """A whole model folder in compute precision: base (dequantised if NF4) plus adapter.
+
+        `write` as for `save`.
+        """
+        self._save_whole(folder, self.merged_weights(), self.dtype, write)
+        if write:
+            self.tokenizer.save_pretrained(folder)
 
     def restore(self, folder: Path | None) -> None:
         """Load weights that `save` wrote; None goes back to the start of the run."""
@@ -250,7 +261,8 @@ class Policy:
             if weights.keys() != expected:
                 odd = sorted(weights.keys() ^ expected)[:3]
                 raise InputError(f"{folder}: not this policy's adapter: {odd} on one side only")
-            set_peft_model_state_dict(self.model, weights, adapter_name="default")
+            with self.gathered([p for _, p in self.trainable()], True):
+                set_peft_model_state_dict(self.model, weights, adapter_name="default")
 
     def _adapter_weights(self) -> dict[str, Tensor]:
         # Unless told that no embedding is saved, PEFT asks the hub whether one was resized.
@@ -264,29 +276,42 @@ class Policy:
         random half, so that the rounds' updates span more than one adapter's rank."""
         if not self.config.merges:
             return
-        for module in self.plain_model().modules():
-            if isinstance(module, LoraLayer):
-                module.reset_lora_parameters("default", True)
+        with self.gathered([p for _, p in self.trainable()], True):
+            for module in self.plain_model().modules():
+                if isinstance(module, LoraLayer):
+                    module.reset_lora_parameters("default", True)
 
-    def merged_weights(self) -> dict[str, Tensor]:
-        """Name -> weight of the plain model, adapter added in fp32, tied copies left out."""
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight) of the plain model, adapter added in fp32, tied copies left out.
+
+        One at a time, so that weights which are split over ranks are never whole together.
+        """
         return self._with_adapter(self._held())
 
-    def _held(self) -> dict[str, Tensor]:
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
         """The weights under the adapter, as they are held."""
-        return {n: dequantised(w) for n, w in named_weights(self.plain_model()).items()}
+        for name, weight in named_weights(self.plain_model()).items():
+            with self.gathered(_parameters(weight), False):
+                yield name, dequantised(weight)
 
-    def _with_adapter(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _with_adapter(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """`weights` and, in fp32, what the adapter adds to them; tied copies left out."""
         adapted: dict[str, Any] = {
             f"{name}.weight": module
             for name, module in self.plain_model().named_modules()
             if isinstance(module, LoraLayer)
         }
-        for name, layer in adapted.items():
-            delta = layer.get_delta_weight("default")
-            weights[name] = weights[name].float() + delta.to(weights[name].device, torch.float32)
-        return {n: w.detach() for n, w in sorted(weights.items()) if n not in self._tied()}
+        tied = self._tied()
+        for name, weight in weights:
+            if name in tied:
+                continue
+            if name in adapted:
+                added = [p for n, p in adapted[name].named_parameters() if "lora_" in n]
+                with self.gathered(added, False):
+                    delta = adapted[name].get_delta_weight("default")
+                yield name, (weight.float() + delta.to(weight.device, torch.float32)).detach()
+            else:
+                yield name, weight.detach()
 
     def _masters(self, folder: Path | None) -> dict[str, Tensor]:
         """A version's weights in fp32, as it is stored; None: as the run starts."""
@@ -311,27 +336,44 @@ class Policy:
     def _fill(self, folder: Path | None, weights: Mapping[str, Tensor]) -> None:
         """Take a version's weights for those under the adapter."""
         plain, tied = self.plain_model(), self._tied()
-        held = {n: w.shape for n, w in named_weights(plain).items() if n not in tied}
+        # DeepSpeed keeps the shape of a weight that it has split.
+        held = {
+            n: getattr(w, "ds_shape", w.shape)
+            for n, w in named_weights(plain).items()
+            if n not in tied
+        }
         given = {n: w.shape for n, w in weights.items() if n not in tied}
         odd = sorted({name for name, _ in held.items() ^ given.items()})
         if odd:
             raise InputError(f"{folder}: not this policy's weights: {odd[:3]} differ")
-        write_into(plain, weights)
+        write_into(plain, weights, self.gathered)
 
     def _reset_adapter(self) -> None:
         assert self._initial is not None
         with torch.no_grad():
             for name, parameter in self.trainable():
-                parameter.copy_(self._initial[name])
+                with self.gathered([parameter], True):
+                    parameter.copy_(self._initial[name])
 
-    def _save_whole(self, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def _save_whole(
+        self,
+        folder: Path,
+        weights: Iterable[tuple[str, Tensor]],
+        dtype: torch.dtype,
+        write: bool,
+    ) -> None:
         from huggingface_hub import save_torch_state_dict
 
+        # What is whole only for now is copied before the next one is.
+        copy = self.split
         stored = {
-            n: w.to("cpu", dtype if w.is_floating_point() else w.dtype).contiguous()
-            for n, w in weights.items()
+            n: w.to("cpu", dtype if w.is_floating_point() else w.dtype, copy=copy).contiguous()
+            for n, w in weights
+            if write
         }
-        save_torch_state_dict(stored, folder, metadata={"format": "pt"})
+        if not write:
+            return
+        save_torch_state_dict(dict(sorted(stored.items())), folder, metadata={"format": "pt"})
         config = AutoConfig.from_pretrained(
             self.path,
             revision=self.config.revision,
@@ -368,6 +410,10 @@ class Policy:
         model.load_adapter(adapter, adapter_name="reference", is_trainable=False)
         model.set_adapter("default")
         return model
+
+
+def _parameters(weight: Tensor) -> list[nn.Parameter]:
+    return [weight] if isinstance(weight, nn.Parameter) else []
 
 
 def _tied_weights(plain: Any) -> dict[str, str]:

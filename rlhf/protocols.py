@@ -5,13 +5,15 @@ Each has more than one implementation behind it; the loop knows only these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from rlhf.types import Completion, Prompt, Score
+import polars as pl
+
+from rlhf.types import Completion, Prompt, Score, Trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,33 @@ class Generator(Protocol):
         ...
 
 
+Job = tuple[Sequence[Prompt], Sampling]
+"""Prompts of one call of `Generator.generate`, and how to answer them."""
+
+
+@runtime_checkable
+class Pool(Generator, Protocol):
+    """Generators side by side that serve the same version."""
+
+    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, list[Completion]]]:
+        """What `generate` gives for each job, with the job's number, as they are finished."""
+        ...
+
+    def all_logps(self, completions: Sequence[Completion]) -> list[list[list[float]]]:
+        """What `logps` gives for the same completions, for every generator."""
+        ...
+
+
+def stream(generator: Generator, jobs: Sequence[Job]) -> Iterator[tuple[int, list[Completion]]]:
+    """What `generate` gives for each job, with the job's number, as they are finished: from a pool
+    side by side, else one after the other, each begun when it is asked for."""
+    if isinstance(generator, Pool):
+        yield from generator.stream(jobs)
+        return
+    for number, (prompts, sampling) in enumerate(jobs):
+        yield number, generator.generate(prompts, sampling)
+
+
 class Judge(Protocol):
     """Scores completions on its dimensions. Never raises for one bad completion: it abstains."""
 
@@ -115,6 +144,59 @@ class ModelJudge(Judge, Protocol):
     def close(self) -> None:
         """Free everything."""
         ...
+
+
+class Learner(Protocol):
+    """Trains the policy; `rlhf.learner.Learner`, or many of it side by side."""
+
+    @property
+    def config(self) -> Any:
+        """The run's settings."""
+        ...
+
+    def restore(self, folder: Path | None) -> None:
+        """Trained weights that `save` wrote; None goes back to the start of the run."""
+        ...
+
+    def save(self, folder: Path, card: str) -> None:
+        """A Hugging Face folder of the policy, with its model card."""
+        ...
+
+    def save_merged(self, folder: Path) -> None:
+        """A whole model folder in compute precision, as generators load it."""
+        ...
+
+    def logps(self, completions: Sequence[Completion], initial: bool = False) -> list[list[float]]:
+        """Token log-probs (nats) under the policy, or under the run's initial policy."""
+        ...
+
+    def reference_logps(self, table: pl.DataFrame, round_index: int) -> pl.DataFrame:
+        """What the objective's reference says of a round's pairs or labels."""
+        ...
+
+    def plan(self, table: pl.DataFrame) -> int:
+        """Optimizer steps of a round on `table`, unless it stops early."""
+        ...
+
+    def train(
+        self,
+        table: pl.DataFrame,
+        reference: pl.DataFrame | None,
+        round_index: int,
+        state: Path,
+        on_step: OnStep,
+        check: Callable[[], None],
+    ) -> Trained:
+        """Train in place, from the current weights or the newest checkpoint in `state`."""
+        ...
+
+    def release(self) -> None:
+        """Give back what only training needed."""
+        ...
+
+
+OnStep = Callable[[int, dict[str, float]], None]
+"""Told a step's number (from 1) and its metrics."""
 
 
 class Serving(Protocol):

@@ -9,7 +9,7 @@ command: at most the shard, table or folder under way is lost.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -136,6 +136,20 @@ class Round:
         part that is: it may raise to stop there, and nothing finished is lost. Returns the parts
         one below the other.
         """
+        return self.streamed(name, count, lambda missing: ((i, compute(i)) for i in missing), check)
+
+    def streamed(
+        self,
+        name: str,
+        count: int,
+        compute: Callable[[Sequence[int]], Iterator[tuple[int, pl.DataFrame]]],
+        check: Callable[[], None] = lambda: None,
+    ) -> pl.DataFrame:
+        """`shards` for parts that are computed side by side.
+
+        `compute` is given the parts that are missing and yields each with its number, in any order:
+        what is stored does not depend on it.
+        """
         assert count >= 1, f"{name} has no parts"
         path = self._target(name, "shards")
         parts = [path / f"part-{i:05d}.parquet" for i in range(count)]
@@ -143,10 +157,12 @@ class Round:
         if self.done(name):
             self._verify(name, "shards")
         else:
-            for i, part in enumerate(parts):
-                if not part.exists():
-                    check()
-                    write_parquet(compute(i), part)
+            missing = [i for i, part in enumerate(parts) if not part.exists()]
+            computed = compute(missing) if missing else iter(())
+            for _ in missing:
+                check()
+                i, table = next(computed)
+                write_parquet(table, parts[i])
             self._finish(name, "shards")
         return pl.concat([read_parquet(part) for part in parts], how="vertical", rechunk=True)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rlhf.attention import Masking, masking
 from rlhf.errors import InexactError
+from rlhf.group import ALONE, Group
 from rlhf.head import Tail, find_tail
 from rlhf.logprobs import (
     PLAIN,
@@ -61,10 +62,13 @@ class Scorer:
         )
         self._proved = self.ways == PLAIN
 
-    def plan(self, examples: Sequence[Sequence[TokenPair]]) -> list[MicroBatch]:
-        """Micro-batches of at most `budget` tokens; an example's sequences have one prompt."""
-        (own,) = plan(examples, self.budget, shared=self.ways.masking is not None)
-        return own
+    def plan(
+        self, examples: Sequence[Sequence[TokenPair]], group: Group = ALONE
+    ) -> list[MicroBatch]:
+        """This rank's micro-batches of at most `budget` tokens, as many as every other's; an
+        example's sequences have one prompt."""
+        shared = self.ways.masking is not None
+        return plan(examples, self.budget, shared, group.world)[group.rank]
 
     def tokens(
         self, model: nn.Module, sequences: Sequence[TokenPair], unwrapped: nn.Module | None = None
@@ -86,9 +90,9 @@ class Scorer:
         tokens_N, batch = self.tokens(model, list(numbers), unwrapped)
         return sequence_logps(tokens_N, batch)[torch.tensor(chosen, device=tokens_N.device)]
 
-    def prove(self, examples: Sequence[Sequence[TokenPair]]) -> None:
+    def prove(self, examples: Sequence[Sequence[TokenPair]], group: Group = ALONE) -> None:
         """Once: the longest example with a short one, the frugal and the plain way, without
-        gradients.
+        gradients. Group do the same and agree.
 
         Raises InexactError where the gap is over the precision's tolerance, or goes the plain way
         from then on if `on_inexact` says so.
@@ -107,11 +111,11 @@ class Scorer:
                 plain_N = token_logps(model, batch)
         model.train(training)
         self._proved = True
-        if not bool(plain_N.isfinite().all()):
+        if not all(group.gather(bool(plain_N.isfinite().all()))):
             # Neither way is to blame; the step itself stops at what is not finite.
             return
         gaps_N = (found_N - plain_N).abs()
-        gap, most = float(gaps_N.mean()), float(gaps_N.max())
+        gap, most = max(group.gather((float(gaps_N.mean()), float(gaps_N.max()))))
         precision = self.policy.config.precision
         allowed = TOLERANCE[precision]
         if gap <= allowed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,8 +16,7 @@ from rlhf.canaries import Items, Watch
 from rlhf.config import RunConfig
 from rlhf.errors import DataGateError
 from rlhf.interrupts import Interrupts
-from rlhf.learner import Learner
-from rlhf.protocols import Reporter, Sampling, Serving
+from rlhf.protocols import Learner, Reporter, Sampling, Serving, stream
 from rlhf.rounds import Round, RunStore
 from rlhf.selection import Rules
 from rlhf.tracking import Trackers, tracked_metrics
@@ -71,29 +70,29 @@ class StageBase:
         base = sampling or self.sampling(self.config.rollout.samples_per_prompt)
         shards = self.shards(prompts)
 
-        def compute(shard: int) -> pl.DataFrame:
+        def compute(missing: Sequence[int]) -> Iterator[tuple[int, pl.DataFrame]]:
             generator = self.parts.serving.at(version, self.policy(version))
             # Every shard has a seed of its own, so that a resumed run draws what a whole one does.
-            seed = np.random.SeedSequence((base.seed, version, _stage_key(name), shard))
-            drawn = generator.generate(
-                shards[shard],
-                Sampling(
-                    base.samples,
-                    base.temperature,
-                    base.top_p,
-                    base.max_new_tokens,
-                    int(seed.generate_state(1)[0]) % 2**31,
-                ),
-            )
-            _check_drawn(shards[shard], drawn, base.samples, version)
-            advance(shard + 1)
-            return completions_table(drawn)
+            seeds = [
+                np.random.SeedSequence((base.seed, version, _stage_key(name), shard))
+                for shard in missing
+            ]
+            jobs = [
+                (shards[shard], replace(base, seed=int(seed.generate_state(1)[0]) % 2**31))
+                for shard, seed in zip(missing, seeds, strict=True)
+            ]
+            done = len(shards) - len(missing)
+            for finished, (number, drawn) in enumerate(stream(generator, jobs), start=1):
+                shard = missing[number]
+                _check_drawn(shards[shard], drawn, base.samples, version)
+                advance(done + finished)
+                yield shard, completions_table(drawn)
 
         with (
             self.timed(round, name) as note,
             self.parts.reporter.progress(f"{title(round)} {name}", len(shards)) as advance,
         ):
-            table = round.shards(name, len(shards), compute, self.parts.interrupts.check)
+            table = round.streamed(name, len(shards), compute, self.parts.interrupts.check)
             note["completions"] = table.height
             note["tokens"] = int(table["token_ids"].list.len().sum())
         return table

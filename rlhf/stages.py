@@ -152,7 +152,7 @@ class Stages(WatchStages):
             round.drop("trainer")
             return
         self.parts.serving.sleep()
-        learner.policy.restore(before)
+        learner.restore(before)
         reference = None
         if self.config.objective.needs.reference:
             with self.timed(round, "reference_logps"):
@@ -182,7 +182,7 @@ class Stages(WatchStages):
                 self.parts.interrupts.check,
             )
             note.update(asdict(trained))
-            learner.policy.save(folder, model_card(self.config, index, data))
+            learner.save(folder, model_card(self.config, index, data))
 
         with (
             self.timed(round, "training", "policy") as note,
@@ -324,7 +324,7 @@ class Stages(WatchStages):
         completions = completions_of(drawn)
         learner = self.parts.learner
         self.parts.serving.sleep()
-        learner.policy.restore(self.policy(version))
+        learner.restore(self.policy(version))
         now = np.array([sum(row) for row in learner.logps(completions)])
         start = np.array([sum(row) for row in learner.logps(completions, initial=True)])
         self.parts.serving.wake()

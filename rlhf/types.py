@@ -179,3 +179,18 @@ def completions_of(table: pl.DataFrame) -> list[Completion]:
         )
         for row in table.iter_rows(named=True)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a round's training did."""
+
+    planned_steps: int
+    executed_steps: int
+    skipped_steps: int
+    first_loss: float | None
+    """Loss of the round's first step; None for a round without steps."""
+    best_step: int | None = None
+    """The step whose weights were kept, for their validation loss; None without validation."""
+    best_loss: float | None = None
+    """That validation loss."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,23 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def write_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights to their places in a model, adapted or not, rounded to what is held there."""
-    places = named_weights(model)
+def write_into(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    gathered: Callable[[Sequence[nn.Parameter], bool], AbstractContextManager[None]] = (
+        lambda parameters, write: nullcontext()
+    ),
+) -> None:
+    """Copy weights to their places in a model, adapted or not, rounded to what is held there.
+
+    `gathered` makes parameters whole that are split over ranks (`rlhf.policy.Gathered`).
+    """
     with torch.no_grad():
-        for name, weight in weights.items():
-            places[name].copy_(weight)
+        # In the model's order, since ranks gather together.
+        for name, place in named_weights(model).items():
+            if name in weights:
+                with gathered([place] if isinstance(place, nn.Parameter) else [], True):
+                    place.copy_(weights[name])
 
 
 def dequantised(weight: Tensor) -> Tensor:

@@ -108,9 +108,32 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def shut_down(llm: Any) -> None:
-    """End the engine in this process; `LLM` has no public close."""
-    llm.llm_engine.engine_core.shutdown()
+def beside_ranks() -> bool:
+    """Whether this process has joined a group of ranks already."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def shut_down(llm: Any, keep_groups: bool) -> None:
+    """End the engine in this process; `LLM` has no public close.
+
+    vLLM's own end destroys every group of the process (vLLM 0.32.0,
+    `destroy_distributed_environment`); `keep_groups` leaves those that it did not make. Can go when
+    upstream destroys its own alone.
+    """
+    from vllm.distributed import parallel_state
+
+    def destroy_own() -> None:
+        if parallel_state._WORLD:
+            parallel_state._WORLD.destroy()
+        parallel_state._WORLD = parallel_state._NODE_COUNT = None
+
+    everything = parallel_state.destroy_distributed_environment
+    if keep_groups:
+        parallel_state.destroy_distributed_environment = destroy_own
+    try:
+        llm.llm_engine.engine_core.shutdown()
+    finally:
+        parallel_state.destroy_distributed_environment = everything
     gc.collect()
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and not keep_groups:
         torch.distributed.destroy_process_group()

@@ -42,6 +42,7 @@ class InProcessEngine:
         self.options = options
         self._llm: Any = None
         self._asleep = False
+        self._beside_ranks = False
 
     @classmethod
     def of_judge(cls, engine: Engine, device: str) -> InProcessEngine:
@@ -88,6 +89,10 @@ class InProcessEngine:
 
         from rollout import vllm_compat
 
+        # Beside other ranks the engine takes part in their groups, and leaves them as they are.
+        self._beside_ranks = vllm_compat.beside_ranks()
+        if self._beside_ranks:
+            arguments["distributed_executor_backend"] = "external_launcher"
         vllm_compat.sort_less(self.device)
         if arguments.get("enable_lora"):
             vllm_compat.score_prompts_with_adapters(self.device)
@@ -122,7 +127,7 @@ class InProcessEngine:
         if self.started:
             from rollout import vllm_compat
 
-            vllm_compat.shut_down(self._llm)
+            vllm_compat.shut_down(self._llm, keep_groups=self._beside_ranks)
             self._llm, self._asleep = None, False
 
 

@@ -20,8 +20,7 @@ import numpy as np
 from rlhf.config import RunConfig
 from rlhf.errors import ParityError
 from rlhf.files import atomic_folder, sha256_file
-from rlhf.learner import Learner
-from rlhf.protocols import Generator, Loaded, Published, Sampling
+from rlhf.protocols import Generator, Learner, Loaded, Pool, Published, Sampling
 from rlhf.types import Completion, Prompt
 
 Log = Callable[[dict[str, Any]], None]
@@ -144,7 +143,7 @@ class Serving:
         self._served: Published | None = None
         self._probes: list[Completion] = []
         self._old: np.ndarray | None = None
-        self._engine_old: np.ndarray | None = None
+        self._engines_old: list[np.ndarray | None] | None = None
 
     def at(self, version: int, policy: Path | None) -> Generator:
         """The generator serving `version`, whose stored policy is `policy` (None: the start).
@@ -178,28 +177,32 @@ class Serving:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _publish(self, generator: Generator, version: int, policy: Path | None) -> None:
-        self._learner.policy.restore(policy)
+        self._learner.restore(policy)
         published = self._write(version)
         loaded = generator.load(published)
         check_loaded(published, loaded)
         drawn = self._sample(generator, version)
         self._probes = self._probes or drawn
-        engine = _flat(generator.logps(self._probes))
+        engines = _every(generator, self._probes)
         new = _flat(self._learner.logps(self._probes))
-        own = (_flat(generator.logps(drawn)), _flat(self._learner.logps(drawn)))
-        result = parity(engine, new, self._old, self._engine_old, self._tolerance, own)
-        self._log({"version": version, **asdict(result)})
-        if result.verdict == "fail":
-            raise ParityError(_explain(version, result))
-        self._served, self._old, self._engine_old = published, new, engine
+        held = _flat(self._learner.logps(drawn))
+        before = self._engines_old or [None] * len(engines)
+        for number, served in enumerate(_every(generator, drawn)):
+            engine, own = engines[number], (served, held)
+            result = parity(engine, new, self._old, before[number], self._tolerance, own)
+            of = {"generator": number} if len(engines) > 1 else {}
+            self._log({"version": version, **of, **asdict(result)})
+            if result.verdict == "fail":
+                raise ParityError(_explain(version, result))
+        self._served, self._old, self._engines_old = published, new, [*engines]
 
     def _write(self, version: int) -> Published:
         path = self._folder / f"version-{version:04d}"
         with atomic_folder(path) as staging:
             if self._kind == "adapter":
-                self._learner.policy.save(staging, "A version on its way to a generator.\n")
+                self._learner.save(staging, "A version on its way to a generator.\n")
             else:
-                self._learner.policy.save_merged(staging)
+                self._learner.save_merged(staging)
         for other in self._folder.iterdir():
             if other != path:
                 shutil.rmtree(other)
@@ -223,6 +226,13 @@ class Serving:
     def _tolerance(self) -> float:
         config = self._config
         return config.rollout.parity_tolerance or TOLERANCE[config.model.precision]
+
+
+def _every(generator: Generator, completions: Sequence[Completion]) -> list[np.ndarray]:
+    """Token log-probs of each generator behind this one."""
+    if isinstance(generator, Pool):
+        return [_flat(rows) for rows in generator.all_logps(completions)]
+    return [_flat(generator.logps(completions))]
 
 
 def _flat(rows: Sequence[Sequence[float]]) -> np.ndarray:

@@ -337,7 +337,7 @@ def test_an_update_below_the_steps_of_bf16_is_not_lost_when_it_is_merged(
             gained, torch.full_like(gained, 0.001 * version), rtol=0, atol=1e-6
         )
     policy.restore(folder)
-    held = policy.merged_weights()[name]
+    held = dict(policy.merged_weights())[name]
     assert torch.equal(held.bfloat16().float(), held), "what computes is in bf16"
     torch.testing.assert_close(held, load_file(file)[name].bfloat16().float(), rtol=0, atol=0)
 

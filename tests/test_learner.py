@@ -27,12 +27,12 @@ from rlhf.config import RunConfig
 from rlhf.errors import InputError, Interrupted, NonFiniteError
 from rlhf.examples import PAIR_REFERENCE
 from rlhf.files import write_json
-from rlhf.learner import Learner, Trained
+from rlhf.learner import Learner
 from rlhf.logprobs import collate, sequence_logps, token_logps
 from rlhf.optimizer import learning_rate
 from rlhf.packing import TokenPair
 from rlhf.policy import Policy
-from rlhf.types import Completion, pairs_schema
+from rlhf.types import Completion, Trained, pairs_schema
 
 END = 2
 METRICS = {
@@ -368,10 +368,10 @@ def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
 
     score = learner.sequence_logps
 
-    def note(model: torch.nn.Module, sequences: Sequence[TokenPair]) -> Tensor:
+    def note(sequences: Sequence[TokenPair]) -> Tensor:
         chosen = sequences[: len(sequences) // 2]
         seen.append([(*prompt, *completion) for prompt, completion in chosen])
-        return score(model, sequences)
+        return score(sequences)
 
     learner.sequence_logps = note  # type: ignore[method-assign]
     result, log = train(learner, pairs, tmp_path, reference=reference)
@@ -403,20 +403,6 @@ def test_a_round_without_pairs_trains_nothing(small_model: Path, tmp_path: Path)
     result, log = train(learner, make_pairs(1).clear(), tmp_path)
     assert result == Trained(0, 0, 0, None) and not log.steps
     assert same(trained(learner), before)
-
-
-def test_accelerates_environment_sets_neither_precision_nor_accumulation(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    accelerator = make_learner(config_for(small_model)).accelerator
-    assert accelerator.mixed_precision == "no"
-    assert accelerator.gradient_accumulation_steps == 1
 
 
 def breaks_at(learner: Learner, log: Callable[[], int], steps: set[int], what: str) -> None:
@@ -465,8 +451,8 @@ def test_a_non_finite_loss_or_gradient_never_reaches_the_weights(
 
 def scales(state: Path) -> float:
     newest = max((state / "checkpoints").iterdir())
-    kept = torch.load(newest / "state.pt", weights_only=True)
-    return float(kept["scaler"]["scale"])
+    kept = torch.load(newest / "rank-00000.pt", weights_only=True)
+    return float(kept["sharding"]["scaler"]["scale"])
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -665,7 +651,7 @@ def test_a_checkpoint_that_was_touched_is_refused(
         go(stop)
     files = {p: p.read_bytes() for p in folder.iterdir()}
     before = trained(learner)
-    for name in ("trained.safetensors", "state.pt"):
+    for name in ("trained.safetensors", "rank-00000.pt"):
         for damage in (flip, Path.unlink):
             damage(folder / name)
             with pytest.raises(InputError, match=rf"{name}: its SHA-256 is .* remove .*000001"):
@@ -686,7 +672,7 @@ def test_a_checkpoint_names_its_step_and_hashes(
     meta = json.loads((tmp_path / "checkpoints/000003/checkpoint.json").read_text())
     assert meta["step"] == 3 and meta["skipped"] == 0
     assert meta["first_loss"] == whole.result.first_loss
-    assert meta["sha256"].keys() == {"trained.safetensors", "state.pt"}
+    assert meta["sha256"].keys() == {"trained.safetensors", "rank-00000.pt"}
 
 
 def kept_steps(state: Path) -> list[str]:
@@ -709,7 +695,7 @@ def test_the_last_two_checkpoints_are_kept_and_the_older_one_serves_alone(
 
     go()
     assert kept_steps(tmp_path) == ["000002", "000003"]
-    newest = tmp_path / "checkpoints/000003/state.pt"
+    newest = tmp_path / "checkpoints/000003/rank-00000.pt"
     flip(newest)
     with pytest.raises(InputError, match=r"remove .*000003 to go on from step 2"):
         go()

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from rlhf.config_objective import OBJECTIVES
 from rlhf.errors import NonFiniteError
-from rlhf.learner import Learner, Trained
+from rlhf.learner import Learner
 from rlhf.objectives import StepLoss
 from rlhf.policy import Policy
+from rlhf.types import Trained
 
 PAIRS: list[dict[str, Any]] = [
     {"name": "dpo"},

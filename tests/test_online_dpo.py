@@ -14,7 +14,6 @@ import torch
 from fakes import run_values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import launch.local
 from launch.local import train
 from rlhf.config import RunConfig
 from rlhf.errors import DataGateError, InputError, ParityError
@@ -243,7 +242,7 @@ def test_the_same_command_again_does_nothing(
         raise AssertionError("a generator was started")
 
     before = kept(run)
-    monkeypatch.setattr(launch.local, "_generator", started)
+    monkeypatch.setattr("launch.roles.Roles.generator", started)
     assert train(config(values)) == 0
     assert kept(run) == before
 

@@ -1,0 +1,133 @@
+"""Who works on a run, wherever they stand: its learner and its generators, made from the config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from rlhf import protocols
+from rlhf.config import RunConfig
+from rlhf.config_offline import Trains
+from rlhf.protocols import Generator
+from rollout.imports import resolve_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from launch.placement import Plan
+    from rlhf.learner import Learner
+    from rlhf.policy import Policy
+    from rlhf.sharding import Sharding
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Makes them; travels to other processes as config and plan."""
+
+    config: RunConfig
+    plan: Plan
+
+    @cached_property
+    def path(self) -> str:
+        """See `model_path`."""
+        return model_path(self.config)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's."""
+        from rlhf.policy import load_tokenizer
+
+        return load_tokenizer(self.config.model, self.path)
+
+    def learner(
+        self, say: Say, shard: Callable[[Policy, Trains], Sharding] | None = None
+    ) -> Learner:
+        """The learner, or one rank of it where `shard` says how the policy lies over ranks."""
+        from rlhf.learner import Learner
+        from rlhf.policy import Policy
+
+        config = self.config
+        policy = Policy(config.model, self.path, self.plan.device, config.run.seed)
+        return Learner(policy, config, say, shard)
+
+    def generator(self, longest: int) -> Generator:
+        """A generator of the policy's versions, for prompts of at most `longest` tokens."""
+        from rlhf.policy import DTYPES, stop_token_ids
+
+        config, rollout = self.config, self.config.rollout
+        dtype = DTYPES[config.model.precision]
+        stop_ids = stop_token_ids(self.path, self.tokenizer)
+        if self.plan.engine == "transformers":
+            from rollout.transformers_generator import TransformersGenerator
+
+            return TransformersGenerator(
+                self.path,
+                self.tokenizer,
+                stop_ids,
+                dtype,
+                self.plan.device,
+                rollout.max_concurrency,
+            )
+        from rlhf.adapters import highest_rank
+        from rollout.vllm_engine import EngineOptions
+        from rollout.vllm_generator import Served, VllmGenerator
+
+        adapter = config.model.adapter
+        rank = config.model.lora.rank if adapter is None else highest_rank(Path(adapter))
+        return VllmGenerator(
+            Served(
+                base=self.path,
+                stop_ids=stop_ids,
+                lora_rank=rank,
+                quantised=config.model.tuning == "qlora",
+            ),
+            EngineOptions(
+                dtype=dtype,
+                device=self.plan.device,
+                # One more: scoring a full-length sequence asks the engine for one token.
+                max_length=longest + rollout.max_new_tokens + 1,
+                max_concurrency=rollout.max_concurrency,
+                memory_gib=rollout.memory_gib,
+                gpu_memory_share=rollout.gpu_memory_share,
+                seed=config.run.seed,
+            ),
+        )
+
+
+class Team(Protocol):
+    """Where the work of a run is done: in this process, or in more of them."""
+
+    def learner(self, roles: Roles, say: Say) -> protocols.Learner:
+        """The learner that the loop calls."""
+        ...
+
+    def generator(self, roles: Roles, longest: int) -> Generator:
+        """The generator that the loop calls; prompts have at most `longest` tokens."""
+        ...
+
+
+class Alone:
+    """All of it in this process."""
+
+    def learner(self, roles: Roles, say: Say) -> protocols.Learner:
+        """See `Team.learner`."""
+        return roles.learner(say)
+
+    def generator(self, roles: Roles, longest: int) -> Generator:
+        """See `Team.generator`."""
+        return roles.generator(longest)
+
+
+def model_path(config: Trains) -> str:
+    """Where Transformers loads the policy's model from; a .gguf file is converted once."""
+    from rlhf.policy import materialise
+
+    given = config.model.path
+    local = given.startswith("package:") or os.path.exists(given)
+    return materialise(str(resolve_path(given)) if local else given)

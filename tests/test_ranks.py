@@ -1,0 +1,169 @@
+"""Several ranks train as one process does: plain and under every ZeRO stage, full and LoRA."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks_worker import Case
+from safetensors.torch import load_file
+from small_models import save_small_model
+from test_learner import config_for, make_pairs
+from test_learner_objectives import data_for
+from torch import Tensor
+
+from rlhf.errors import InputError
+from rlhf.group import ALONE
+
+pytestmark = pytest.mark.engine
+
+RANKS = 2
+SETTINGS = {
+    "batch_pairs": 5,
+    "epochs": 2,
+    "micro_batch_tokens": 40,
+    "gradient_checkpointing": True,
+    "checkpoint_steps": 1,
+}
+STAGES = (0, 1, 2, 3)
+DPO = [(stage, tuning, "dpo") for stage in STAGES for tuning in ("full", "lora")]
+OTHERS = [(stage, "lora", objective) for stage in (0, 3) for objective in ("ipo", "kto", "orpo")]
+# A new adapter each round, merged into the last version.
+OTHERS += [(stage, "merged", "dpo") for stage in (0, 2, 3)]
+
+
+def name(stage: int | str, tuning: str, objective: str) -> str:
+    return f"{objective}-zero{stage}-{tuning}"
+
+
+def described(model: Path, stage: int, tuning: str, objective: str, **more: Any) -> dict[str, Any]:
+    merged = tuning == "merged"
+    config = config_for(
+        model,
+        model={"tuning": "lora" if merged else tuning},
+        lora={"rounds": "new" if merged else "carry"},
+        learner=SETTINGS,
+        objective={"name": objective},
+    )
+    return {
+        "name": name(stage, tuning, objective),
+        "stage": stage,
+        "config": config.model_dump(mode="json"),
+        "table": "labels.parquet" if objective == "kto" else "pairs.parquet",
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    save_small_model(folder / "model", tied=True)
+    make_pairs(13).write_parquet(folder / "pairs.parquet")
+    data_for({"name": "kto"}, 13).write_parquet(folder / "labels.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path) -> dict[str, Any]:
+    """What the ranks found: DPO stopped once, in the middle of round 2, other objectives through;
+    and with a NaN in the gradient of one rank at round 1's second step."""
+    model = folder / "model"
+    cases = [described(model, *case, stop_at=[2, 2]) for case in DPO]
+    cases += [described(model, *case) for case in OTHERS]
+    for stage in STAGES:
+        case = described(model, stage, "full", "dpo", nan_at=[1, 1])
+        cases.append(case | {"name": f"nan-zero{stage}"})
+    (folder / "cases.json").write_text(json.dumps(cases))
+    worker = Path(__file__).with_name("ranks_worker.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, f"--nproc-per-node={RANKS}", str(worker), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, one_thread: None) -> dict[str, Any]:
+    """The same in this process, never stopped."""
+    found = {}
+    for tuning, objective in sorted({case[1:] for case in (*DPO, *OTHERS)}):
+        case = described(folder / "model", 0, tuning, objective)
+        case["name"] = name("alone", tuning, objective)
+        found[case["name"]] = Case(folder, case, ALONE).run()
+    return found
+
+
+@pytest.mark.parametrize(("stage", "tuning", "objective"), [*DPO, *OTHERS])
+def test_ranks_train_as_one_process_does(
+    folder: Path,
+    together: dict[str, Any],
+    alone: dict[str, Any],
+    stage: int,
+    tuning: str,
+    objective: str,
+) -> None:
+    here, there = name(stage, tuning, objective), name("alone", tuning, objective)
+    found, expected = together[here], alone[there]
+    assert "errors" not in found, found
+    assert found["everywhere"] == [found["losses"]] * RANKS
+    for losses, others in zip(found["losses"], expected["losses"], strict=True):
+        assert losses == pytest.approx(others, abs=1e-5)
+    for logps, others in zip(found["reference"], expected["reference"], strict=True):
+        assert logps == (others if others is None else pytest.approx(others, abs=1e-4))
+    for kind in ("policy", "merged"):
+        for index in (1, 2):
+            own = weights(folder / here / f"{kind}-{index}")
+            other = weights(folder / there / f"{kind}-{index}")
+            assert own.keys() == other.keys()
+            for key, weight in own.items():
+                torch.testing.assert_close(weight, other[key], rtol=0, atol=2e-4)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_nan_in_one_rank_stops_all_and_reaches_no_weight(
+    folder: Path, together: dict[str, Any], stage: int
+) -> None:
+    errors = together[f"nan-zero{stage}"]["errors"]
+    assert len(errors) == RANKS and len(set(errors)) == 1
+    assert errors[0].startswith("step 2: loss ") and "not touched" in errors[0]
+    out = folder / f"nan-zero{stage}"
+    before = load_file(out / "trainer-1/checkpoints/000001/trained.safetensors")
+    after = load_file(out / "after.safetensors")
+    assert before.keys() == after.keys() and before
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_checkpoint_of_other_ranks_is_refused(
+    folder: Path, together: dict[str, Any], one_thread: None
+) -> None:
+    case = described(folder / "model", 0, "lora", "dpo")
+    trial = Case(folder, case, ALONE)
+    with pytest.raises(InputError, match=r"was written by 2 ranks \(replicated\), and 1 \(repl"):
+        trial.train(1)

@@ -1,0 +1,189 @@
+"""The loop over ranks: the golden run in every placement, and ranks that are stopped or die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import psutil
+import pytest
+import yaml
+from golden_run import ROOT, finish, golden, observed, replay, start, write_config
+
+from launch.placement import launched
+from launch.spmd import join, with_launchers_zero
+from rlhf.config import RunConfig
+from rlhf.config_io import load
+from rlhf.errors import InputError
+from rlhf.files import read_json
+
+ACCELERATE = ROOT / "configs" / "accelerate"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def accelerate(name: str) -> list[str]:
+    file = str(ACCELERATE / f"{name}.yaml")
+    return ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "2"]
+
+
+LAUNCHERS: dict[str, tuple[list[str], int]] = {
+    "plain": (accelerate("cpu"), 0),
+    "zero1": (TORCHRUN, 1),
+    "zero2": (accelerate("zero2"), 0),
+    "zero3": (accelerate("zero3"), 0),
+}
+
+
+@pytest.fixture(scope="module")
+def local(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("local"), tiny_model, "tiny", [])
+
+
+def run(
+    folder: Path, model: str | Path, name: str, launcher: list[str], zero: int = 0
+) -> dict[str, Any]:
+    config = write_config(folder, model, name, placement={"zero": zero} if zero else {})
+    found = replay(config, name)
+    status, output = finish(start(config, launcher))
+    assert status == 0, output
+    assert "done: all 2 rounds ran" in output
+    return observed(found)
+
+
+def assert_same_run(found: dict[str, Any], expected: dict[str, Any], within: float) -> None:
+    for index in ("1", "2"):
+        assert found[index]["pairs"] == expected[index]["pairs"]
+        assert found[index]["losses"] == pytest.approx(expected[index]["losses"], abs=within)
+        assert len(found[index]["losses"]) >= 3
+
+
+# Other processors add up in another order, and Adam makes more of it: a wider bound than below.
+@pytest.mark.engine
+def test_one_process_repeats_the_golden_run(local: dict[str, Any]) -> None:
+    assert_same_run(local, golden("tiny"), within=1e-4)
+
+
+@pytest.mark.engine
+def test_a_real_model_repeats_its_golden_run(smollm2: str, tmp_path: Path) -> None:
+    assert_same_run(run(tmp_path, smollm2, "smollm2", []), golden("smollm2"), within=1e-4)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("how", LAUNCHERS)
+def test_ranks_repeat_the_run_of_one_process(
+    local: dict[str, Any], tiny_model: Path, tmp_path: Path, how: str
+) -> None:
+    launcher, zero = LAUNCHERS[how]
+    assert_same_run(run(tmp_path, tiny_model, "tiny", launcher, zero), local, within=1e-5)
+
+
+@pytest.mark.engine
+def test_each_rank_serves_from_a_vllm_engine_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path,
+        tiny_model,
+        "tiny",
+        rollout={"engine": "vllm", "memory_gib": 0.2},
+        rounds={"count": 1},
+    )
+    status, output = finish(start(config, TORCHRUN))
+    assert status == 0, output
+    for generator in (0, 1):
+        for version in (0, 1):
+            assert f"version {version} to generator {generator}: parity holds" in output
+    round_1 = tmp_path / "runs/tiny/rounds/0001"
+    drawn = pl.read_parquet(round_1 / "completions/*.parquet")
+    assert drawn.select("prompt_id", "sample").n_unique() == drawn.height == 8 * 4
+    pairs = pl.read_parquet(round_1 / "pairs.parquet")
+    for side in ("chosen", "rejected"):
+        known = drawn.select("prompt_id", pl.col("sample").alias(f"{side}_sample"), side="text")
+        found = pairs.join(known, on=["prompt_id", f"{side}_sample"], validate="1:1")
+        assert found[side].to_list() == found["side"].to_list() and found.height == pairs.height > 0
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 300
+    while not path.exists():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def rank_of(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
+    ranks = {p.environ().get("RANK"): p for p in psutil.Process(launcher.pid).children()}
+    return ranks[str(rank)]
+
+
+@pytest.mark.engine
+def test_ranks_stop_together_and_a_dead_one_ends_all_and_nothing_is_lost(
+    local: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tiny_model, "tiny")
+    folder = replay(config, "tiny")
+    process = start(config, TORCHRUN)
+    wait_for(folder / "rounds/0001/trainer/checkpoints/000001", process)
+    # One rank hears of it; all of them stop at the same step.
+    rank_of(process, 1).send_signal(signal.SIGUSR1)
+    status, output = finish(process)
+    assert status != 0 and "stopped at a safe point by SIGUSR1" in output, output
+    assert read_json(folder / "status.json", "")["state"] == "interrupted"
+    assert (folder / "rounds/0001/trainer/checkpoints").is_dir()
+
+    process = start(config, TORCHRUN)
+    wait_for(folder / "rounds/0001/policy", process)
+    os.kill(rank_of(process, 1).pid, signal.SIGKILL)
+    began = time.monotonic()
+    status, output = finish(process)
+    assert status != 0 and time.monotonic() - began < 120
+    assert not (folder / "final").exists()
+
+    status, output = finish(start(config, TORCHRUN))
+    assert status == 0, output
+    assert_same_run(observed(folder), local, within=1e-5)
+
+
+def settings(tmp_path: Path, **placement: Any) -> RunConfig:
+    return load([write_config(tmp_path, "model", "run", placement=placement)])
+
+
+def test_a_launcher_makes_it_spmd_unless_the_config_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not launched(settings(tmp_path))
+    assert launched(settings(tmp_path, kind="spmd"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launched(settings(tmp_path))
+    with pytest.raises(InputError, match=r"placement\.kind is local, but a launcher started 2"):
+        launched(settings(tmp_path, kind="local"))
+
+
+def test_spmd_without_a_launcher_says_how_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match=r"RANK is not set: accelerate launch .*torchrun"):
+        join("cpu")
+
+
+@pytest.mark.parametrize("file", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_accelerate_file_gives_the_stage_that_it_is_named_after(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = yaml.safe_load(file.read_text())
+    # As `accelerate launch` hands them on.
+    if values["distributed_type"] == "DEEPSPEED":
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        for key, value in values["deepspeed_config"].items():
+            monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{key.upper()}", str(value))
+    placement = with_launchers_zero(settings(tmp_path)).placement
+    stages = {"zero2": (2, False), "zero3": (3, False), "zero3_offload": (3, True)}
+    assert (placement.zero, placement.offload) == stages.get(file.stem, (0, False))
+    if placement.zero:
+        other = settings(tmp_path, zero=1)
+        with pytest.raises(InputError, match="placement.zero is 1, but accelerate's config file"):
+            with_launchers_zero(other)
