@@ -61,6 +61,7 @@ def train(
     *more: Path,
     dry_run: Annotated[bool, Flag] = False,
     machine: str | None = None,
+    cluster: str | None = None,
     plain: Annotated[bool, Flag] = False,
     overrides: Overrides = (),
 ) -> int:
@@ -76,11 +77,15 @@ def train(
         Print the resolved config, what would run where and the memory it needs, and stop.
     machine
         With --dry-run: the machine to plan for, as 1xT4-16GB or 1xA100-80GB; default this one.
+    cluster
+        With --dry-run: the cluster to plan for, nodes x GPUs x card, as 4x8xH100-80GB. Exits with
+        2 where the run doesn't fit, with the smallest change that helps.
     plain
         Plain lines, no progress bars: --tracking.plain true.
     """
     settings = _with_plain(plain, overrides)
-    return _start([config, *more], settings, dry_run=dry_run, machine=machine)
+    paths = [config, *more]
+    return _start(paths, settings, dry_run=dry_run, machine=machine, cluster=cluster)
 
 
 @app.command
@@ -333,26 +338,21 @@ def _start(
     *,
     dry_run: bool,
     machine: str | None = None,
+    cluster: str | None = None,
 ) -> int:
     from rlhf import config_io
 
-    if machine is not None and not dry_run:
-        from rlhf.errors import InputError
+    for flag, given in (("--machine", machine), ("--cluster", cluster)):
+        if given is not None and not dry_run:
+            from rlhf.errors import InputError
 
-        raise InputError(f"--machine {machine} describes a machine to plan for: add --dry-run")
+            raise InputError(f"{flag} {given} describes what to plan for: add --dry-run")
     config: RunConfig = config_io.load(paths, overrides)
     if dry_run:
-        from launch.fit import report
-        from launch.local import rehearse
-        from launch.machines import parse, this_machine
-        from launch.placement import plan, settle
+        from launch.dry_run import say
 
-        on = this_machine() if machine is None else parse(machine)
-        config = settle(config, on)
-        print(config_io.dump(config))
-        print(plan(config, on))
-        print(report(config, on))
-        print(rehearse(config))
+        for text in say(config, machine, cluster):
+            print(text)
         return 0
     from launch.local import train as run
 

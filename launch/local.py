@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.judging import Judging, Sharing
 from launch.machines import this_machine
-from launch.placement import Plan, place_on, settle
+from launch.placement import Plan, one_process, place_on, settle
 from launch.quiet import hush, hush_transformers
 from launch.terminal import Terminal
 from rlhf.config import RunConfig
@@ -43,6 +43,7 @@ def run(config: RunConfig) -> Outcome:
     Raises PairloopError: bad input, a data gate, a failed check, or an interruption.
     """
     hush()
+    one_process(config)
     terminal = Terminal(config.tracking.plain)
     machine = this_machine()
     config = settle(config, machine)

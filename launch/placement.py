@@ -1,4 +1,7 @@
-"""Who runs where: pure, from the config and what the machine has."""
+"""How a process works on its machine: pure, from the config and what the machine has.
+
+Where the many processes of a cluster sit is decided in `launch.layout` and `launch.cluster_fit`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ this plugin brings it back."""
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One machine, one process."""
+    """What a process does on its device; who sits on which of several is a `launch.layout`."""
 
     device: Literal["cpu", "cuda"]
     engine: Literal["vllm", "transformers"]
@@ -68,6 +71,27 @@ def place(
             "fits"
         )
     return Plan(device, engine, sync)
+
+
+def several(config: Trains) -> str | None:
+    """The setting that asks for more than one process; None where none does."""
+    placement = config.placement
+    if placement.kind in ("spmd", "ray"):
+        return f"placement.kind {placement.kind}"
+    for name in ("zero", "generators", "tensor_parallel", "colocate"):
+        value = getattr(placement, name)
+        if value not in (0, "auto", True):
+            return f"placement.{name} {str(value).lower()}"
+    return None
+
+
+def one_process(config: Trains) -> None:
+    """Raises InputError where the config asks for more than the process that it is started as."""
+    if (wanted := several(config)) is not None:
+        raise InputError(
+            f"{wanted} can be planned (train --dry-run --cluster 4x8xH100-80GB) but not yet run: "
+            "leave it out"
+        )
 
 
 def device_of(
@@ -128,6 +152,13 @@ def place_on(config: RunConfig, machine: Machine) -> Plan:
 def plan(config: RunConfig, machine: Machine) -> str:
     """What `train --dry-run` says of who runs where on a machine."""
     found = place_on(config, machine)
+    where = f"placement  local, one process on {found.device} of {machine.name}"
+    idle = f"; {machine.gpus - 1} more GPUs idle" if machine.gpus > 1 else ""
+    return "\n".join([where + idle, *work(config, found)])
+
+
+def work(config: RunConfig, found: Plan) -> list[str]:
+    """What learner, generator and judges do, a line each."""
     tuned = {
         "full": "all weights, fp32 masters",
         "lora": f"LoRA rank {config.model.lora.rank} on a {config.model.precision} base",
@@ -139,19 +170,13 @@ def plan(config: RunConfig, machine: Machine) -> str:
     }
     k, rounds = config.rollout.samples_per_prompt, config.rounds
     per_round = rounds.prompts_per_round or "all"
-    return "\n".join(
-        [
-            f"placement  {config.placement.kind}, one process on {found.device} of {machine.name}"
-            + (f"; {machine.gpus - 1} more GPUs idle" if machine.gpus > 1 else ""),
-            f"learner    {config.model.path}: {tuned[config.model.tuning]}, "
-            f"{config.objective.name} beta {config.objective.beta:g}, "
-            f"learning rate {config.learning_rate:g}",
-            f"generator  {found.engine}, {k} samples a prompt; weights travel as "
-            f"{travels[found.sync]}",
-            f"judges     {', '.join(j.name for j in config.judges.panel)}; audit: "
-            f"{', '.join(j.name for j in config.judges.audit) or 'none'}",
-            f"rounds     up to {rounds.count}, {per_round} prompts each",
-            f"gates      {', '.join(config.gated)} may not drop by more than "
-            f"{config.gates.max_drop:g}",
-        ]
-    )
+    return [
+        f"learner    {config.model.path}: {tuned[config.model.tuning]}, "
+        f"{config.objective.name} beta {config.objective.beta:g}, "
+        f"learning rate {config.learning_rate:g}",
+        f"generator  {found.engine}, {k} samples a prompt; weights travel as {travels[found.sync]}",
+        f"judges     {', '.join(j.name for j in config.judges.panel)}; audit: "
+        f"{', '.join(j.name for j in config.judges.audit) or 'none'}",
+        f"rounds     up to {rounds.count}, {per_round} prompts each",
+        f"gates      {', '.join(config.gated)} may not drop by more than {config.gates.max_drop:g}",
+    ]
