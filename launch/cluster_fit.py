@@ -211,6 +211,8 @@ def _groups(config: RunConfig, cluster: Cluster, architecture: Architecture) -> 
             ("placement.offload", [] if placement.offload else [True]),
         ],
     }
-    for group in candidates(config):
-        yield group
-        yield from after.get(group[0], [])
+    for name, values in candidates(config):
+        # Many layouts are sized for each share: steps of a tenth are enough.
+        share = name == remedies.SHARE
+        yield name, [v for v in values if not share or round(100 * v) % 10 == 0]
+        yield from after.get(name, [])

@@ -161,4 +161,5 @@ def _added(parts: Sequence[Part]) -> list[Part]:
 def _times(count: int, part: Part) -> Part:
     if count == 1 or part.once:
         return part
-    return replace(part, size=count * part.size, formula=f"{count} x ({part.formula})")
+    formula = f"({part.formula})" if " " in part.formula else part.formula
+    return replace(part, size=count * part.size, formula=f"{count} x {formula}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launch.local import model_path
 from launch.machines import this_machine
-from launch.placement import device_of, settle
+from launch.placement import device_of, one_process, settle
 from launch.quiet import hush, hush_transformers
 from launch.terminal import Terminal
 from rlhf.config_offline import OfflineConfig
@@ -19,6 +19,7 @@ def train(config: OfflineConfig) -> int:
     Raises PairloopError: bad input, a data gate, a broken update, or an interruption.
     """
     hush()
+    one_process(config)
     terminal = Terminal(config.tracking.plain)
     machine = this_machine()
     config = settle(config, machine)

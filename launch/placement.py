@@ -78,11 +78,14 @@ def several(config: Trains) -> str | None:
     placement = config.placement
     if placement.kind in ("spmd", "ray"):
         return f"placement.kind {placement.kind}"
-    for name in ("zero", "generators", "tensor_parallel", "colocate"):
-        value = getattr(placement, name)
-        if value not in (0, "auto", True):
-            return f"placement.{name} {str(value).lower()}"
-    return None
+    asked = {
+        "zero": placement.zero > 0,
+        "generators": placement.generators != "auto",
+        "tensor_parallel": placement.tensor_parallel != "auto",
+        "colocate": placement.colocate is False,
+    }
+    name = next((name for name, found in asked.items() if found), None)
+    return None if name is None else f"placement.{name} {getattr(placement, name)!s}".lower()
 
 
 def one_process(config: Trains) -> None:

@@ -129,6 +129,7 @@ SHOWS = {
     "pairloop import-adapter OLD NEW": "2 tensors: NEW",
     "python benchmarks/dpo_step.py": "--sizes",
     "python benchmarks/memory.py": "--case",
+    "python benchmarks/zero_memory.py": "--cases",
     "python benchmarks/selection.py": "--contestants",
     "python benchmarks/duplicates.py": "--threshold",
 }
