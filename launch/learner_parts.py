@@ -50,16 +50,16 @@ def _weights(rank: Sharded) -> Iterator[Part]:
     if held.model.tuning == "qlora":
         said = f"NF4 {NF4:.3f} B x {linear} + {c} B x {millions(a.parameters - a.linear)}"
     else:
-        said = f"{rank.weight_bytes if held.full else c} B x {total}"
+        said = f"{4 if held.full else c} B x {total}"
     yield _part("weights", rank.base, said + shared, (*RUNNING, "load"), resting)
     copies = 2 if held.model.adapter is not None else 1
     if not held.full:
-        adapter = f"{rank.weight_bytes} B x {millions(copies * held.adapter)}"
+        adapter = f"4 B x {millions(copies * held.adapter)}"
         said = f"{adapter}, rank {held.model.lora.rank}{shared}"
         yield _part("adapter", copies * rank.adapter, said, RUNNING, resting)
         said = f"4 B x {millions(held.adapter)}"
         yield _part("adapter at the start", 4 * held.adapter, said, RUNNING, True)
-    said = f"{c} B x tensors under {PERSISTENT:,} weights, on every rank"
+    said = f"tensors under {PERSISTENT:,} weights, on every rank"
     yield _part("small tensors, whole", rank.whole, said, RUNNING, host)
     if held.on_gpu and held.model.tuning != "qlora":
         if sharding.stage == 3:
@@ -71,9 +71,8 @@ def _weights(rank: Sharded) -> Iterator[Part]:
             yield _part("weights", rank.base, passing, ("load",), True)
     if held.full:
         # KL to the start is measured after every round, whatever the objective's reference.
-        said = f"{rank.weight_bytes} B x {total}{shared}"
-        said += ", loaded for one pass: reference, KL to the start"
-        yield _part("initial policy", rank.base, said, ("reference",), resting)
+        said = f"4 B x {total}, loaded for one pass: reference, KL to the start"
+        yield _part("initial policy", held.base, said, ("reference",), host)
     live = min(LIVE, a.parameters)
     said = f"weights that a pass is at: up to {millions(live)}"
     yield _part("gathered weights", rank.gathered, said, PASSES, host)
@@ -85,13 +84,16 @@ def _state(rank: Sharded) -> Iterator[Part]:
     trained, host = millions(held.trained), not held.on_gpu
     kept = host or sharding.offload
     ranks = f" / {sharding.ranks} ranks"
-    said = f"{rank.weight_bytes} B x {trained}" + (ranks if sharding.stage >= 2 else "")
-    yield _part("gradients", rank.gradients, said, TRAIN, host)
-    yield _part("fp32 masters", rank.masters, f"4 B x {trained}{ranks}", TRAIN, kept)
+    said = f"4 B x {trained}" + (ranks if sharding.stage >= 2 else "")
+    # DeepSpeed's buffers live as long as its engine, which is there all the time.
+    always = RUNNING if sharding.stage == 3 else TRAIN
+    yield _part("gradients", rank.gradients, said, always, host)
+    yield _part("gradients under way", rank.under_way, said, TRAIN, host)
+    yield _part("AdamW's copy", rank.masters, f"4 B x {trained}{ranks}", RUNNING, kept)
     said = _moments_said(held) + (ranks if sharding.engine else "")
     yield _part("AdamW", rank.moments, said, TRAIN, kept)
-    said = f"{held.compute} B x {BUCKET:,} gradients on their way"
-    yield _part("reduction bucket", rank.bucket, said, TRAIN, host)
+    said = f"{rank.buckets} x 4 B x {BUCKET:,} gradients on their way"
+    yield _part("reduction bucket", rank.bucket, said, always, host)
 
 
 def _passing(rank: Sharded) -> Iterator[Part]:
@@ -99,8 +101,8 @@ def _passing(rank: Sharded) -> Iterator[Part]:
     held, sharding = rank.held, rank.sharding
     a, c, host = held.architecture, held.compute, not held.on_gpu
     shape = f"{held.tokens:,} tokens, logits of {held.scored:,}"
-    yield _part("scoring", rank.scoring, shape, ("reference",), host)
-    yield _part("autocast copies", rank.casts, f"{c} B x {millions(held.trained)}", TRAIN, host)
+    yield _part("scoring", held.scoring, shape, ("reference",), host)
+    yield _part("autocast copies", held.casts, f"{c} B x {millions(held.trained)}", TRAIN, host)
     each = "layer inputs" if held.checkpointing else "kept for backward"
     bytes_each = held.stream if held.checkpointing else held.a_token
     said = f"{bytes_each:,} B x {held.tokens:,} tokens x {a.layers} layers, {each}"
@@ -111,9 +113,9 @@ def _passing(rank: Sharded) -> Iterator[Part]:
     elif held.turn > 12 * held.scored * a.vocabulary:
         said = "one layer's"
     yield _part("backward", held.turn, said, TRAIN, host)
-    passing = rank.casts + held.activations + held.turn
+    passing = held.casts + held.activations + held.turn
     if sharding.offload and not host:
-        said = f"fp32 gradients, 4 B x {millions(held.trained)} / {sharding.ranks} ranks"
+        said = f"8 B x {millions(held.trained)} / {sharding.ranks} ranks"
         yield _part("AdamW's step", rank.step, said, TRAIN, True)
     else:
         more = max(0, rank.step - passing)

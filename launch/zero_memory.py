@@ -1,28 +1,29 @@
-"""What a rank of the learner holds under DeepSpeed's ZeRO (Rajbhandari et al. 2020,
-https://arxiv.org/abs/1910.02054), as DeepSpeed 0.19 does it.
+"""What a rank of the learner holds where several train one policy, as `rlhf` has DeepSpeed 0.19 do
+ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054): trained weights are fp32 and
+computed under autocast, a frozen base rests in compute precision.
 
 Letters as in `launch.learner_memory`; N ranks, B bytes of a frozen base (0 for full tuning).
 
-    stage              0               1            2            3
-    weights            4R + B          cR + B       cR + B       (cR + B) / N
-    gradients          4R              cR           cR / N       cR / N
-    fp32 masters       (the weights)   4R / N       4R / N       4R / N
-    AdamW              8R              8R / N       8R / N       8R / N
+    stage              0           1               2             3
+    weights            4R + B      4R + B          4R + B        (4R + B) / N
+    gradients          4R          4R              4R / N        4R / N
+    second copy        0           4R / N          4R / N        4R / N
+    AdamW              8R          8R / N          8R / N        8R / N
 
-With R = P in bf16 these are the paper's 16P, 4P + 12P/N, 2P + 14P/N and 16P/N (its stage 0 has 2P
-of weights and 2P of gradients beside 12P; the learner keeps fp32 masters under autocast instead).
-
-- In fp32 (c = 4) the masters are a second copy all the same.
-- ZeRO-1 reduces its gradients at the end of backward, when all are there; ZeRO-2 on the way.
+- The second copy is what AdamW moves: DeepSpeed clones its shard of weights that are fp32 anyway.
+- A step has several micro-batches: ZeRO-1 adds up whole gradients and reduces them when it steps;
+  ZeRO-2 adds to its shard that of the micro-batch under way, another 4R / N.
+- Autocast keeps its copies of all trained weights from forward to backward at every stage, so even
+  ZeRO-3 takes cR: little for a LoRA, 2P for full tuning.
 - ZeRO-3 keeps tensors under 100,000 weights whole beside their shards
   (`stage3_param_persistence_threshold`), which most of a LoRA's are; and gathers the weights that a
   pass is at, 10^9 of them at most (`stage3_max_live_parameters`).
-- Gradients are reduced through a buffer of 5 x 10^8 elements (`reduce_bucket_size`).
-- Activations are counted as under autocast, a little more than a model in bf16 keeps.
-- A step turns a shard's gradients into fp32: 4R / N. At stage 0 all gradients are summed over the
-  ranks in one buffer: 4R.
-- Offload keeps masters, moments and the step's gradients in host memory, and at stage 3 the shards
-  of the weights.
+- Gradients are reduced through a buffer of 5 x 10^8 elements (`reduce_bucket_size`); through two
+  where a GPU overlaps this with backward (`overlap_comm`, stage 2).
+- A step works on a copy of a shard's gradients, 4R / N, and AdamW's root of the second moments. At
+  stage 0 all gradients are summed over the ranks in one buffer: 4R.
+- Offload keeps the second copy, moments and what a step adds in host memory, and at stage 3 the
+  shards of the weights.
 
 `benchmarks/zero_memory.py` compares this with what two ranks of DeepSpeed hold on a CPU.
 """
@@ -66,31 +67,28 @@ class Sharded:
     sharding: Sharding
 
     @property
-    def weight_bytes(self) -> int:
-        """Of a trained weight as it rests between steps."""
-        return self.held.compute if self.sharding.engine else 4
-
-    @property
     def base(self) -> int:
         """The policy's weights without adapter."""
-        whole = self.held.base
-        if self.held.full:
-            whole = self.weight_bytes * self.held.trained
-        return self._share(whole, 3)
+        return self._share(self.held.base, 3)
 
     @property
     def adapter(self) -> int:
         """One adapter."""
-        return self._share(self.weight_bytes * self.held.adapter, 3)
+        return self._share(4 * self.held.adapter, 3)
 
     @property
     def gradients(self) -> int:
-        """From backward to the step."""
-        return self._share(self.weight_bytes * self.held.trained, 2)
+        """What a step has added up so far."""
+        return self._share(4 * self.held.trained, 2)
+
+    @property
+    def under_way(self) -> int:
+        """The shard of a micro-batch's gradients that ZeRO-2 adds to what it has."""
+        return self.gradients if self.sharding.stage == 2 else 0
 
     @property
     def masters(self) -> int:
-        """The fp32 weights that AdamW moves; without DeepSpeed it moves the weights themselves."""
+        """DeepSpeed's second copy of a shard of the trained weights, which AdamW moves."""
         return self._share(4 * self.held.trained, 1) if self.sharding.engine else 0
 
     @property
@@ -99,26 +97,18 @@ class Sharded:
         return self._share(self.held.moments, 1)
 
     @property
-    def casts(self) -> int:
-        """Copies in compute precision: under DeepSpeed the weights themselves are that."""
-        return 0 if self.sharding.engine else self.held.casts
-
-    @property
-    def scoring(self) -> int:
-        """A pass without gradients."""
-        cast = self.held.full and self.sharding.engine
-        return self.held.scoring - (self.held.casts if cast else 0)
-
-    @property
     def whole(self) -> int:
         """Small tensors that ZeRO-3 keeps whole beside their shards."""
         if self.sharding.stage < 3:
             return 0
         a, lora = self.held.architecture, self.held.model.lora
-        tensors = list(a.tensors)
-        tensors += [] if self.held.full else a.adapter_tensors(lora.rank, lora.target_modules)
-        small = sum(size * count for size, count in tensors if size < PERSISTENT)
-        return self.held.compute * (small + a.layers * a.biases)
+        base = sum(size * count for size, count in a.tensors if size < PERSISTENT)
+        base += a.layers * a.biases
+        if self.held.full:
+            return 4 * base
+        tensors = a.adapter_tensors(lora.rank, lora.target_modules)
+        adapter = sum(size * count for size, count in tensors if size < PERSISTENT)
+        return self.held.compute * base + 4 * adapter
 
     @property
     def gathered(self) -> int:
@@ -126,13 +116,18 @@ class Sharded:
         if self.sharding.stage < 3:
             return 0
         a = self.held.architecture
-        each = self.held.base / a.parameters if not self.held.full else self.held.compute
-        return round(each * min(LIVE, a.parameters))
+        return round(self.held.base / a.parameters * min(LIVE, a.parameters))
 
     @property
     def bucket(self) -> int:
-        """The buffer that gradients are reduced through."""
-        return self.held.compute * BUCKET if self.sharding.engine else 0
+        """The buffers that gradients are reduced through."""
+        return 4 * BUCKET * self.buckets
+
+    @property
+    def buckets(self) -> int:
+        """How many there are."""
+        overlapped = self.held.on_gpu and self.sharding.stage == 2
+        return (2 if overlapped else 1) if self.sharding.engine else 0
 
     @property
     def step(self) -> int:
@@ -141,8 +136,8 @@ class Sharded:
         if not self.sharding.engine:
             summed = 4 * trained if ranks > 1 else 0
             return max(self.held.step, summed)
-        # On a CPU torch's AdamW works on the shard as one tensor, with a root and a quotient of it.
-        return -(-(4 if self.held.on_gpu else 12) * trained // ranks)
+        # Beside the gradients' copy, AdamW's root, and on a CPU a quotient of it.
+        return -(-(8 if self.held.on_gpu else 12) * trained // ranks)
 
     def _share(self, whole: int, stage: int) -> int:
         """What a rank holds of something that is split from this stage on."""

@@ -54,19 +54,18 @@ def test_one_gpu_of_a_cluster_is_the_same_as_a_machine() -> None:
         ("2x4xA100-80GB", lora(), "ray", True, 1, 8),
         # 141 GB are no engine for half a card.
         ("8xA100-80GB", lora({"path": LLAMA_70B}, placement={"zero": 3}), "ray", True, 8, 8),
-        # Sixteen bytes a weight and half of the card for vLLM don't go together, apart they do.
+        # A shard of seven billion weights and most of the card for vLLM fit apart alone.
         (
-            "4xA100-80GB",
+            "8xA100-80GB",
             lora(
                 FULL_7B,
                 rollout={"gpu_memory_share": 0.9},
-                placement={"zero": 1},
-                learner={"micro_batch_tokens": 2048},
+                placement={"zero": 3},
             ),
             "ray",
             False,
             1,
-            3,
+            4,
         ),
     ],
 )
@@ -100,7 +99,7 @@ def test_a_host_holds_what_each_of_its_processes_holds_and_shares_the_checkpoint
 
 
 def test_offload_moves_the_optimizer_and_under_zero_3_the_weights_to_the_host() -> None:
-    for stage, moved in ((2, ("fp32 masters", "AdamW")), (3, ("fp32 masters", "AdamW", "weights"))):
+    for stage, moved in ((2, ("AdamW's copy", "AdamW")), (3, ("AdamW's copy", "AdamW", "weights"))):
         config = lora(FULL_7B, placement={"kind": "spmd", "zero": stage})
         kept = at(planned(config, "8xA100-80GB"))
         away = at(planned(changed(config, [("placement.offload", True)]), "8xA100-80GB"))
@@ -142,12 +141,12 @@ def test_offload_moves_the_optimizer_and_under_zero_3_the_weights_to_the_host() 
             "8xA100-80GB",
             lora(FULL_7B),
             "in train, most of it for learner AdamW, 56.7 GiB (8 B x 7,615.6M)",
-            "Smallest change: --placement.zero 1",
+            "Smallest change: --placement.zero 3",
         ),
         (
-            "1xH100-80GB",
+            "2xH100-80GB",
             lora(FULL_7B, placement={"zero": 3}),
-            "in train, most of it for learner AdamW, 56.7 GiB (8 B x 7,615.6M / 1 ranks)",
+            "in train, most of it for learner AdamW, 28.4 GiB (8 B x 7,615.6M / 2 ranks)",
             "Smallest change: --placement.offload true",
         ),
         (
@@ -190,8 +189,9 @@ def test_where_only_what_is_trained_could_change_more_gpus_are_named_too() -> No
     assert "Smallest change: --model.tuning lora" in said
     found = re.search(r"or as it is on (\S+)$", said)
     assert found is not None
-    assert found.group(1) == "2x1xA100-80GB"
-    assert fits(config, "2x1xA100-80GB")
+    assert found.group(1) == "4x1xA100-80GB"
+    assert fits(config, "4x1xA100-80GB")
+    assert not fits(config, "2x1xA100-80GB")
 
 
 def test_where_no_setting_helps_more_gpus_do_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,38 +240,41 @@ def test_a_model_of_unknown_size_is_seated_all_the_same() -> None:
 @given(
     nodes=st.integers(1, 3),
     gpus=st.integers(1, 8),
-    card=st.sampled_from(["T4-16GB", "A100-40GB", "H100-80GB"]),
+    card=st.sampled_from(["L4-24GB", "A100-40GB", "H100-80GB"]),
     path=st.sampled_from([QWEN_7B, LLAMA_70B, "google/gemma-2b-it"]),
-    tuning=st.sampled_from(["full", "lora", "qlora"]),
+    tuning=st.sampled_from(["full", "lora"]),
     zero=st.integers(0, 3),
 )
 def test_more_gpus_never_make_a_fitting_plan_unfit(
     nodes: int, gpus: int, card: str, path: str, tuning: str, zero: int
 ) -> None:
-    model = {"path": path, "tuning": tuning, "precision": "fp16"}
-    config = lora(model, placement={"zero": zero})
-    if fits(config, f"{nodes}x{gpus}x{card}"):
-        assert fits(config, f"{nodes + 1}x{gpus}x{card}")
-        assert fits(config, f"{nodes}x{gpus + 1}x{card}")
+    """Of hosts only their cards are held against it: with more ranks a node loads more at once."""
+    config = lora({"path": path, "tuning": tuning}, placement={"zero": zero})
+
+    def fits_cards(nodes: int, gpus: int) -> bool:
+        machine = replace(parse_machine(f"{gpus}x{card}"), host=2**50)
+        found = plan_cluster(config, Cluster("described", (machine,) * nodes)).found
+        assert found is not None
+        return found.fits(SPARE)
+
+    if fits_cards(nodes, gpus):
+        assert fits_cards(nodes + 1, gpus)
+        assert fits_cards(nodes, gpus + 1)
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    path=st.sampled_from([QWEN_7B, LLAMA_70B]),
-    tuning=st.sampled_from(["full", "lora", "qlora"]),
-    cluster=st.sampled_from(["2xH100-80GB", "2x8xA100-80GB", "4x8xH100-80GB"]),
-)
-def test_a_later_stage_never_takes_more_of_a_card(path: str, tuning: str, cluster: str) -> None:
+@pytest.mark.parametrize("path", [QWEN_7B, LLAMA_70B])
+@pytest.mark.parametrize("cluster", ["8xA100-80GB", "4x8xH100-80GB"])
+def test_a_later_stage_takes_less_of_a_card_in_full_tuning(path: str, cluster: str) -> None:
     """What a GPU holds while it trains, buckets and gathered weights included."""
     placement = {"kind": "ray", "colocate": True, "tensor_parallel": 2}
     peaks = [
         at(
             planned(
-                lora({"path": path, "tuning": tuning}, placement={**placement, "zero": stage}),
+                lora({"path": path, "tuning": "full"}, placement={**placement, "zero": stage}),
                 cluster,
             )
         ).at("train", host=False)
-        for stage in range(1, 4)
+        for stage in range(4)
     ]
     assert peaks == sorted(peaks, reverse=True)
 

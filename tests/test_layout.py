@@ -192,6 +192,29 @@ def test_what_can_not_be_seated_is_refused(
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("zero", "sections", "words"),
+    [
+        (
+            1,
+            {"model": {"precision": "fp16"}},
+            "model.precision fp16 does not go with placement.zero 1",
+        ),
+        (2, {"learner": {"optimizer": "adamw_8bit"}}, "learner.optimizer adamw_8bit does not go"),
+        (3, {"model": {"tuning": "qlora"}}, "model.tuning qlora does not go with placement.zero 3"),
+    ],
+)
+def test_what_zero_can_not_do_is_refused_when_it_is_planned(
+    zero: int, sections: dict[str, dict[str, Any]], words: str
+) -> None:
+    placement = {"device": "auto", "zero": zero}
+    wanted = preset(LORA, placement=placement, **sections)
+    with pytest.raises(InputError, match=words):
+        list(layouts(wanted, parse("2xA100-80GB")))
+    without = preset(LORA, placement={"device": "auto"}, **sections)
+    assert list(layouts(without, parse("2xA100-80GB")))
+
+
 def test_only_vllm_splits_a_model_over_gpus() -> None:
     wanted, cluster = config(tensor_parallel=2), parse("4xA100-80GB")
     with pytest.raises(InputError, match="tensor_parallel 2 needs rollout.engine vllm"):
