@@ -164,6 +164,16 @@ KNOWN: dict[str, dict[str, Any]] = {
         "vocab_size": 256000,
         "tie_word_embeddings": True,
     },
+    "meta-llama/Llama-3.1-70B-Instruct": {
+        "model_type": "llama",
+        "num_hidden_layers": 80,
+        "hidden_size": 8192,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
     "meta-llama/Llama-3.1-8B-Instruct": {
         "model_type": "llama",
         "num_hidden_layers": 32,
@@ -175,7 +185,8 @@ KNOWN: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""What the presets' models say in their config.json, so that a plan needs no network."""
+"""What the presets' models, and a large one, say in their config.json, so that a plan needs no
+network."""
 
 
 def find(path: str, revision: str | None = None) -> Architecture:

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -16,7 +16,6 @@ from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 from launch import shadow
 
 if TYPE_CHECKING:
-    from launch.machines import Machine
     from rlhf.config import RunConfig
     from rlhf.config_offline import OfflineConfig
 
@@ -64,6 +63,7 @@ def train(
     *more: Path,
     dry_run: Annotated[bool, Flag] = False,
     machine: str | None = None,
+    cluster: str | None = None,
     plain: Annotated[bool, Flag] = False,
     overrides: Overrides = (),
 ) -> int:
@@ -79,11 +79,15 @@ def train(
         Print the resolved config, what would run where and the memory it needs, and stop.
     machine
         With --dry-run: the machine to plan for, as 1xT4-16GB or 1xA100-80GB; default this one.
+    cluster
+        With --dry-run: the cluster to plan for, nodes x GPUs x card, as 4x8xH100-80GB. Exits with
+        2 where the run doesn't fit, with the smallest change that helps.
     plain
         Plain lines, no progress bars: --tracking.plain true.
     """
     settings = _with_plain(plain, overrides)
-    return _start([config, *more], settings, dry_run=dry_run, machine=machine)
+    paths = [config, *more]
+    return _start(paths, settings, dry_run=dry_run, machine=machine, cluster=cluster)
 
 
 @app.command
@@ -114,13 +118,14 @@ def dpo(
     from rlhf import config_io
     from rlhf.config_offline import OfflineConfig
 
-    _check_machine(machine, dry_run)
+    _check_described(dry_run, machine=machine)
     settings = config_io.load_as(OfflineConfig, [config, *more], _with_plain(plain, overrides))
     if dry_run:
-        from launch.offline import rehearse
-        from launch.placement import plan_offline
+        from launch.dry_run import say_offline
 
-        return _show_plan(settings, machine, plan_offline, rehearse)
+        for text in say_offline(settings, machine):
+            print(text)
+        return 0
     from launch.offline import train as run
 
     return run(settings)
@@ -381,16 +386,18 @@ def _start(
     *,
     dry_run: bool,
     machine: str | None = None,
+    cluster: str | None = None,
 ) -> int:
     from rlhf import config_io
 
-    _check_machine(machine, dry_run)
+    _check_described(dry_run, machine=machine, cluster=cluster)
     config: RunConfig = config_io.load(paths, overrides)
     if dry_run:
-        from launch.local import rehearse
-        from launch.placement import plan
+        from launch.dry_run import say
 
-        return _show_plan(config, machine, plan, rehearse)
+        for text in say(config, machine, cluster):
+            print(text)
+        return 0
     from launch.placement import launched
 
     if launched(config):
@@ -402,29 +409,12 @@ def _start(
     return run(config)
 
 
-def _check_machine(machine: str | None, dry_run: bool) -> None:
-    if machine is not None and not dry_run:
-        from rlhf.errors import InputError
+def _check_described(dry_run: bool, **described: str | None) -> None:
+    for name, given in described.items():
+        if given is not None and not dry_run:
+            from rlhf.errors import InputError
 
-        raise InputError(f"--machine {machine} describes a machine to plan for: add --dry-run")
-
-
-def _show_plan(
-    config: C, machine: str | None, plan: Callable[[C, Machine], str], rehearse: Callable[[C], str]
-) -> int:
-    """Print the resolved config, who runs where, the memory that takes, and the data."""
-    from launch.fit import report
-    from launch.machines import parse, this_machine
-    from launch.placement import settle
-    from rlhf.config_io import dump
-
-    on = this_machine() if machine is None else parse(machine)
-    config = settle(config, on)
-    print(dump(config))
-    print(plan(config, on))
-    print(report(config, on))
-    print(rehearse(config))
-    return 0
+            raise InputError(f"--{name} {given} describes what to plan for: add --dry-run")
 
 
 def _usage(error: CycloptsError) -> str:

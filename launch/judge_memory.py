@@ -86,12 +86,17 @@ class JudgeModel:
 def own_models(config: RunConfig) -> tuple[list[JudgeModel], list[str]]:
     """Judges whose models run in this process; and why others are of unknown size, a line each."""
     known, unknown = [], []
-    for spec in _own([*config.judges.panel, *config.judges.audit]):
+    for spec in own_specs(config):
         try:
             known.append(JudgeModel(spec, architectures.find(spec.model, spec.revision)))
         except InputError as error:
             unknown.append(f"{spec.name}: not in these sums: {error}")
     return known, unknown
+
+
+def own_specs(config: RunConfig) -> list[LlmSpec | RewardModelSpec]:
+    """Judges whose models this run must load, members of ensembles too."""
+    return list(_own([*config.judges.panel, *config.judges.audit]))
 
 
 def _own(specs: Sequence[JudgeSpec]) -> Iterator[LlmSpec | RewardModelSpec]:

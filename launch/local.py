@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.judging import Judging, Sharing
 from launch.machines import this_machine
-from launch.placement import Plan, place_on, settle
+from launch.placement import Plan, one_process, place_on, settle
 from launch.quiet import hush, hush_transformers
 from launch.roles import Alone, Roles, Team
 from launch.terminal import Terminal
@@ -40,6 +40,8 @@ def run(config: RunConfig, team: Team | None = None) -> Outcome:
     Raises PairloopError: bad input, a data gate, a failed check, or an interruption.
     """
     hush()
+    if team is None:
+        one_process(config)
     terminal = Terminal(config.tracking.plain)
     machine = this_machine()
     config = settle(config, machine)

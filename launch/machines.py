@@ -19,7 +19,7 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan needs to know of a machine. Sizes are bytes; a run uses one GPU."""
+    """What a plan needs to know of a machine. Sizes are bytes; its GPUs are alike."""
 
     name: str
     gpus: int
@@ -66,8 +66,8 @@ CARDS = {
 }
 
 
-def parse(text: str) -> Machine:
-    """The machine that `NxNAME-SIZEGB` describes.
+def parse(text: str, flag: str = "--machine") -> Machine:
+    """The machine that `NxNAME-SIZEGB` describes; `flag` is where it was given.
 
     >>> parse("1xT4-16GB").capability
     (7, 5)
@@ -77,7 +77,7 @@ def parse(text: str) -> Machine:
     form = re.fullmatch(r"(\d+)x([A-Za-z0-9]+)-(\d+)GB", text)
     if form is None or int(form.group(1)) == 0:
         raise InputError(
-            f"--machine must be COUNTxCARD-SIZEGB, such as 1xT4-16GB or 1xA100-80GB, got {text!r}; "
+            f"{flag} must be COUNTxCARD-SIZEGB, such as 1xT4-16GB or 1xA100-80GB, got {text!r}; "
             f"known cards: {_known()}"
         )
     count, name, size = int(form.group(1)), form.group(2).upper(), int(form.group(3))
@@ -85,10 +85,10 @@ def parse(text: str) -> Machine:
     if card is None:
         near = get_close_matches(name, CARDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"--machine {text}: there is no card {name}{hint} Known: {_known()}")
+        raise InputError(f"{flag} {text}: there is no card {name}{hint} Known: {_known()}")
     if size not in card.usable:
         sizes = " or ".join(f"{s}GB" for s in card.usable)
-        raise InputError(f"--machine {text}: a {name} has {sizes}, got {size}GB")
+        raise InputError(f"{flag} {text}: a {name} has {sizes}, got {size}GB")
     usable = round(card.usable[size] * GIB)
     return Machine(text, count, usable, card.capability, count * card.host * GIB)
 

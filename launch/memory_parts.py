@@ -59,6 +59,8 @@ class Part:
     phases: tuple[Phase, ...]
     host: bool
     """In host memory, not the GPU's."""
+    once: bool = False
+    """All processes of a node have it together."""
 
 
 def millions(count: float) -> str:
@@ -66,15 +68,19 @@ def millions(count: float) -> str:
     return f"{count / 1e6:,.1f}M"
 
 
-def key_value_bytes(architecture: Architecture, compute: int) -> int:
-    """Bytes of a token's keys and values in all layers."""
-    return 2 * architecture.layers * architecture.key * compute
-
-
-def workspace(architecture: Architecture, compute: int, tokens: int, rows: int) -> int:
-    """An engine's forward pass without gradients: `tokens` through a layer, `rows` to logits."""
+def key_value_bytes(architecture: Architecture, compute: int, width: int = 1) -> int:
+    """Bytes of a token's keys and values in all layers, on one of `width` GPUs."""
     a = architecture
-    layer = compute * (3 * a.intermediate + 4 * a.hidden + 2 * a.query)
+    return 2 * a.layers * max(1, a.kv_heads // width) * a.head_dim * compute
+
+
+def workspace(
+    architecture: Architecture, compute: int, tokens: int, rows: int, width: int = 1
+) -> int:
+    """An engine's forward pass without gradients: `tokens` through a layer of which one of `width`
+    GPUs has its part, `rows` to logits."""
+    a = architecture
+    layer = compute * (4 * a.hidden + (3 * a.intermediate + 2 * a.query) // width)
     return tokens * layer + rows * a.vocabulary * (compute + 12)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launch.machines import this_machine
-from launch.placement import device_of, settle
+from launch.placement import device_of, one_process, settle
 from launch.quiet import hush, hush_transformers
 from launch.roles import model_path
 from launch.terminal import Terminal
@@ -28,6 +28,7 @@ def train(config: OfflineConfig) -> int:
     Raises PairloopError: bad input, a data gate, a broken update, or an interruption.
     """
     hush()
+    one_process(config)
     terminal = Terminal(config.tracking.plain)
     machine = this_machine()
     config = settle(config, machine)

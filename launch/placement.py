@@ -1,4 +1,7 @@
-"""Who runs where: pure, from the config and what the machine has."""
+"""How a process works on its machine: pure, from the config and what the machine has.
+
+Where the many processes of a cluster sit is decided in `launch.layout` and `launch.cluster_fit`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ this plugin brings it back."""
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One machine, one process."""
+    """What a process does on its device; who sits on which of several is a `launch.layout`."""
 
     device: Literal["cpu", "cuda"]
     engine: Literal["vllm", "transformers"]
@@ -76,20 +79,50 @@ def place(
     return Plan(device, engine, sync)
 
 
+def several(config: Trains) -> str | None:
+    """The setting that asks for more than one process; None where none does."""
+    placement = config.placement
+    if placement.kind in ("spmd", "ray"):
+        return f"placement.kind {placement.kind}"
+    asked = {
+        "zero": placement.zero > 0,
+        "generators": placement.generators != "auto",
+        "tensor_parallel": placement.tensor_parallel != "auto",
+        "colocate": placement.colocate is False,
+    }
+    name = next((name for name, found in asked.items() if found), None)
+    return None if name is None else f"placement.{name} {getattr(placement, name)!s}".lower()
+
+
+def one_process(config: Trains) -> None:
+    """Raises InputError where the config asks for more than the process that it is started as."""
+    if (wanted := several(config)) is not None:
+        raise InputError(
+            f"{wanted} needs more than one process, and this is one: start ranks with accelerate "
+            "launch or torchrun (README, More than one process), or leave it out"
+        )
+
+
 def launched(config: RunConfig) -> bool:
     """Whether a launcher started this process as one of several ranks (`placement.kind` spmd).
 
     Raises InputError where the config asks for another kind than was started.
     """
-    ranks, kind = int(os.environ.get("WORLD_SIZE", "1")), config.placement.kind
-    if kind == "local" and ranks > 1:
+    ranks, placement = int(os.environ.get("WORLD_SIZE", "1")), config.placement
+    if placement.kind == "local" and ranks > 1:
         raise InputError(
             f"placement.kind is local, but a launcher started {ranks} ranks; use spmd or auto, or "
             "start it without the launcher"
         )
-    if kind == "ray":
-        raise InputError("placement.kind ray can be planned with --dry-run, but not run yet")
-    return kind == "spmd" or ranks > 1
+    wanted = several(config)
+    if placement.kind == "ray" or (wanted and "zero" not in wanted and placement.kind != "spmd"):
+        raise InputError(
+            f"{wanted} can be planned (train --dry-run --cluster 4x8xH100-80GB) but not yet run: "
+            "leave it out"
+        )
+    if ranks == 1 and placement.kind != "spmd":
+        one_process(config)
+    return placement.kind == "spmd" or ranks > 1
 
 
 def device_of(
@@ -150,24 +183,27 @@ def place_on(config: RunConfig, machine: Machine) -> Plan:
 def plan(config: RunConfig, machine: Machine) -> str:
     """What `train --dry-run` says of who runs where on a machine."""
     found = place_on(config, machine)
+    where = f"placement  local, one process on {found.device} of {machine.name}"
+    idle = f"; {machine.gpus - 1} more GPUs idle" if machine.gpus > 1 else ""
+    return "\n".join([where + idle, *work(config, found)])
+
+
+def work(config: RunConfig, found: Plan) -> list[str]:
+    """What learner, generator and judges do, a line each."""
     travels = {
         "merged": "merged weights, reloaded in place",
         "adapter": "the adapter alone, hot-loaded",
     }
     k, rounds = config.rollout.samples_per_prompt, config.rounds
     per_round = rounds.prompts_per_round or "all"
-    return "\n".join(
-        [
-            *_training(config, found.device, machine),
-            f"generator  {found.engine}, {k} samples a prompt; weights travel as "
-            f"{travels[found.sync]}",
-            f"judges     {', '.join(j.name for j in config.judges.panel)}; audit: "
-            f"{', '.join(j.name for j in config.judges.audit) or 'none'}",
-            f"rounds     up to {rounds.count}, {per_round} prompts each",
-            f"gates      {', '.join(config.gated)} may not drop by more than "
-            f"{config.gates.max_drop:g}",
-        ]
-    )
+    return [
+        _training(config),
+        f"generator  {found.engine}, {k} samples a prompt; weights travel as {travels[found.sync]}",
+        f"judges     {', '.join(j.name for j in config.judges.panel)}; audit: "
+        f"{', '.join(j.name for j in config.judges.audit) or 'none'}",
+        f"rounds     up to {rounds.count}, {per_round} prompts each",
+        f"gates      {', '.join(config.gated)} may not drop by more than {config.gates.max_drop:g}",
+    ]
 
 
 def plan_offline(config: OfflineConfig, machine: Machine) -> str:
@@ -179,27 +215,28 @@ def plan_offline(config: OfflineConfig, machine: Machine) -> str:
         "cut_prompt": "lose the beginning of their prompt",
         "cut_answer": "lose the end of their answers",
     }
+    where = f"placement  local, one process on {device} of {machine.name}"
+    idle = f"; {machine.gpus - 1} more GPUs idle" if machine.gpus > 1 else ""
     return "\n".join(
         [
-            *_training(config, device, machine),
+            where + idle,
+            _training(config),
             f"data       {data.path}; records over {data.max_tokens} tokens "
             f"{longer[data.too_long]}, more than {data.max_too_long:.0%} of them stop it",
         ]
     )
 
 
-def _training(config: Trains, device: str, machine: Machine) -> list[str]:
-    """Where the learner is and what it does."""
+def _training(config: Trains) -> str:
+    """What the learner does."""
     tuned = {
         "full": "all weights, fp32 masters",
         "lora": f"LoRA rank {config.model.lora.rank} on a {config.model.precision} base"
         + (", a new one each round, merged into the last version" if config.model.merges else ""),
         "qlora": f"LoRA rank {config.model.lora.rank} on an NF4 base",
     }
-    return [
-        f"placement  {config.placement.kind}, one process on {device} of {machine.name}"
-        + (f"; {machine.gpus - 1} more GPUs idle" if machine.gpus > 1 else ""),
+    return (
         f"learner    {config.model.path}: {tuned[config.model.tuning]}, "
         f"{config.objective.name} beta {config.objective.beta:g}, "
-        f"learning rate {config.learning_rate:g}",
-    ]
+        f"learning rate {config.learning_rate:g}"
+    )

@@ -95,6 +95,43 @@ class Placement(Section):
     and costs communication; 0 holds everything on every rank."""
     offload: bool = False
     """Keep the optimizer, and under ZeRO-3 the weights, in host memory; slow, and a last resort."""
+    generators: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Generator engines under `ray`. `auto`: as many as there are GPUs for."""
+    tensor_parallel: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """GPUs of one node that hold a generator's weights together; it divides the model's attention
+    heads. `auto`: the fewest whose cache holds `rollout.max_concurrency` sequences."""
+    colocate: Literal["auto"] | bool = "auto"
+    """Whether generators and learner take turns on the same GPUs (`ray` only; one process and
+    `spmd` always do). `auto`: yes where that fits, so that no GPU waits for another."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Placement:
+        if self.kind == "local" and self.zero:
+            raise ValueError(
+                f"placement.zero shares memory among ranks, but kind local is one process, got "
+                f"{self.zero}; use kind spmd, or 0"
+            )
+        if self.offload and not self.zero:
+            raise ValueError("placement.offload is done by ZeRO: it needs placement.zero 1, 2 or 3")
+        if self.kind in ("local", "spmd"):
+            self._no_actors()
+        return self
+
+    def _no_actors(self) -> None:
+        for name, value in (
+            ("generators", self.generators),
+            ("tensor_parallel", self.tensor_parallel),
+        ):
+            if value != "auto":
+                raise ValueError(
+                    f"placement.{name} needs kind ray, got {value} with kind {self.kind}, where "
+                    "every process has an engine of its own"
+                )
+        if self.colocate is False:
+            raise ValueError(
+                f"placement.colocate false needs kind ray, got kind {self.kind}, where every "
+                "process is generator and learner in turn"
+            )
 
 
 class Wandb(Section):

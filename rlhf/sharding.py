@@ -158,7 +158,9 @@ class Zero:
         self._settings = settings
         device = torch.device(policy.device).type
         host = {"device": "cpu", "pin_memory": device == "cuda"}
-        zero: dict[str, Any] = {"stage": stage, "overlap_comm": device == "cuda"}
+        # DeepSpeed 0.19 can't overlap under stage 1 while the step decides when it is whole.
+        overlap = device == "cuda" and stage > 1
+        zero: dict[str, Any] = {"stage": stage, "overlap_comm": overlap}
         if offload:
             zero["offload_optimizer"] = host
             if stage == 3:

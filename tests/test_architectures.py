@@ -62,12 +62,13 @@ def test_an_adapter_is_counted_exactly(name: str, targets: str | list[str]) -> N
 
 
 def test_the_published_counts() -> None:
-    """As the model cards round them: 7.61, 8.03, 2.51 billion and 135 million."""
+    """As the model cards round them: 7.61, 8.03, 70.6, 2.51 billion and 135 million."""
     counts = {name: Architecture.read(config, name).parameters for name, config in KNOWN.items()}
     assert counts == {
         "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
         "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
         "google/gemma-2b-it": 2_506_172_416,
+        "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
         "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
     }
 

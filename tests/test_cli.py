@@ -267,32 +267,38 @@ def test_the_status_of_training_is_the_exit_code(config: str, install: Install) 
     assert cli.main(["train", config]) == 3
 
 
-def test_a_dry_run_shows_config_and_plan_and_trains_nothing(
+def test_a_dry_run_says_what_it_plans_for_and_trains_nothing(
     config: str,
     install: Install,
     trained: list[RunConfig],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    install("launch.machines", "this_machine", lambda: "here")
-    install("launch.machines", "parse", lambda text: f"a {text}")
-    install("launch.placement", "plan", lambda config, on: f"plan for {config.model.path} {on}")
-    install("launch.placement", "settle", lambda config, on: config)
-    install("launch.fit", "report", lambda config, on: f"memory of {on}")
-    install("launch.local", "rehearse", lambda config: "prompts: enough")
+    install(
+        "launch.dry_run",
+        "say",
+        lambda config, machine, cluster: iter(
+            [f"seed {config.run.seed}", f"plan for {machine}, {cluster}"]
+        ),
+    )
     arguments = ["train", config, "--dry-run", "--run.seed", "5"]
-    for more, on in (([], "here"), (["--machine", "1xT4-16GB"], "a 1xT4-16GB")):
+    for more, on in (
+        ([], "None, None"),
+        (["--machine", "1xT4-16GB"], "1xT4-16GB, None"),
+        (["--cluster", "4x8xH100-80GB"], "None, 4x8xH100-80GB"),
+    ):
         assert cli.main([*arguments, *more]) == 0
-        shown = capsys.readouterr().out
-        assert "  seed: 5\n" in shown
-        assert shown.endswith(f"plan for org/model {on}\nmemory of {on}\nprompts: enough\n")
+        assert capsys.readouterr().out == f"seed 5\nplan for {on}\n"
     assert not trained
 
 
+@pytest.mark.parametrize(
+    ("flag", "word"), [("--machine", "1xT4-16GB"), ("--cluster", "4x8xH100-80GB")]
+)
 def test_a_machine_is_described_for_a_dry_run_only(
-    config: str, trained: list[RunConfig], capsys: pytest.CaptureFixture[str]
+    flag: str, word: str, config: str, trained: list[RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["train", config, "--machine", "1xT4-16GB"]) == 2
-    assert "add --dry-run" in capsys.readouterr().err
+    assert cli.main(["train", config, flag, word]) == 2
+    assert f"{flag} {word} describes what to plan for: add --dry-run" in capsys.readouterr().err
     assert not trained
 
 

@@ -8,10 +8,11 @@ import pytest
 
 from launch import presets
 from launch.architectures import Architecture, find
-from launch.fit import SPARE, changed, report, smallest_change
+from launch.fit import report, smallest_change
 from launch.machines import GIB, Machine, parse
 from launch.memory import estimate
 from launch.placement import place_on, settle
+from launch.remedies import SPARE, changed
 from rlhf import config_io
 from rlhf.config import RunConfig
 

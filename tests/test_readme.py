@@ -107,6 +107,9 @@ SHOWS = {
     "pairloop presets": "qwen2.5-7b-instruct-qlora-t4",
     "pairloop init qwen2.5-7b-instruct-qlora-t4 > run.yaml": "tuning: qlora",
     "pairloop train run.yaml --dry-run --machine 1xT4-16GB": "GPU        fits",
+    "pairloop init llama-3.1-8b-instruct-lora-a100 > run.yaml": "tuning: lora",
+    "pairloop train run.yaml --dry-run --cluster 4x8xH100-80GB --placement.zero 3": "colocated: "
+    "32 learner ranks, ZeRO-3",
     "pairloop config": "samples_per_prompt",
     "pairloop demo --transformers": "engine: transformers",
     "pairloop judge calibrate --verdicts verdicts.jsonl --gold gold.jsonl": "refused",
@@ -129,6 +132,7 @@ SHOWS = {
     "pairloop import-adapter OLD NEW": "2 tensors: NEW",
     "python benchmarks/dpo_step.py": "--sizes",
     "python benchmarks/memory.py": "--case",
+    "python benchmarks/zero_memory.py": "--cases",
     "python benchmarks/selection.py": "--contestants",
     "python benchmarks/duplicates.py": "--threshold",
 }
