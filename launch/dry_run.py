@@ -1,4 +1,4 @@
-"""`train --dry-run`, and that of `dpo`: the settings, who runs where, the memory, and the prompts."""
+"""Dry runs of `train` and `dpo`: the settings, who runs where, the memory, and the data."""
 
 from __future__ import annotations
 
