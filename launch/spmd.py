@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -57,11 +57,6 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 class RankLostError(PairloopError):
     """Another rank ended while this one waited for it."""
-
-
-def world_size() -> int:
-    """Ranks that a launcher says there are; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +128,21 @@ class Lead:
     def __init__(self, met: Met) -> None:
         self.group = met.group
         self._calls = met.calls
+        self._stuck = False
 
-    def together(self, target: str, method: str, *arguments: Any) -> None:
-        """Have the others make this call; the caller makes it too."""
+    @contextmanager
+    def together(self, target: str, method: str, *arguments: Any) -> Iterator[None]:
+        """Have the others make the call that is made inside."""
         self._say(Call(target, method, arguments, collective=True))
+        try:
+            with leaving_together():
+                yield
+        except _AGREED:
+            raise
+        except BaseException:
+            # The others wait inside the call for what will not come: they hear of it by our end.
+            self._stuck = True
+            raise
 
     def each(
         self, target: str, own: Any, method: str, arguments: Sequence[tuple[Any, ...] | None]
@@ -153,9 +159,10 @@ class Lead:
         return found
 
     def end(self) -> None:
-        """Let the others go; who is gone already needs no word."""
-        with suppress(RankLostError):
-            self._say(None)
+        """Let the others go, unless they can't hear it or are gone already."""
+        if not self._stuck:
+            with suppress(RankLostError):
+                self._say(None)
 
     def _say(self, call: Call | None) -> None:
         with leaving_together():
@@ -213,33 +220,33 @@ class SharedLearner:
 
     def restore(self, folder: Path | None) -> None:
         """See `Learner.restore`."""
-        self._lead.together("learner", "restore", folder)
-        self._own.restore(folder)
+        with self._together("restore", folder):
+            self._own.restore(folder)
 
     def save(self, folder: Path, card: str) -> None:
         """See `Learner.save`."""
-        self._lead.together("learner", "save", folder, card)
-        self._own.save(folder, card)
+        with self._together("save", folder, card):
+            self._own.save(folder, card)
 
     def save_merged(self, folder: Path) -> None:
         """See `Learner.save_merged`."""
-        self._lead.together("learner", "save_merged", folder)
-        self._own.save_merged(folder)
+        with self._together("save_merged", folder):
+            self._own.save_merged(folder)
 
     def release(self) -> None:
         """See `Learner.release`."""
-        self._lead.together("learner", "release")
-        self._own.release()
+        with self._together("release"):
+            self._own.release()
 
     def logps(self, completions: Sequence[Completion], initial: bool = False) -> list[list[float]]:
         """See `Learner.logps`."""
-        self._lead.together("learner", "logps", completions, initial)
-        return self._own.logps(completions, initial)
+        with self._together("logps", completions, initial):
+            return self._own.logps(completions, initial)
 
     def reference_logps(self, table: pl.DataFrame, round_index: int) -> pl.DataFrame:
         """See `Learner.reference_logps`."""
-        self._lead.together("learner", "reference_logps", table, round_index)
-        return self._own.reference_logps(table, round_index)
+        with self._together("reference_logps", table, round_index):
+            return self._own.reference_logps(table, round_index)
 
     def plan(self, table: pl.DataFrame) -> int:
         """See `Learner.plan`."""
@@ -255,9 +262,11 @@ class SharedLearner:
         check: Any,
     ) -> Trained:
         """See `Learner.train`; a stop that one rank hears of stops all at the same step."""
-        self._lead.together("learner", "train", table, reference, round_index, state)
-        with leaving_together():
+        with self._together("train", table, reference, round_index, state):
             return self._own.train(table, reference, round_index, state, on_step, check)
+
+    def _together(self, method: str, *arguments: Any) -> AbstractContextManager[None]:
+        return self._lead.together("learner", method, *arguments)
 
 
 class FollowingLearner:
@@ -361,8 +370,8 @@ class Leading:
 
     def generator(self, roles: Roles, longest: int) -> SharedGenerator:
         """See `Team.generator`: one a rank."""
-        self.lead.together("following", "make_generator", longest)
-        return SharedGenerator(roles.generator(longest), self.lead)
+        with self.lead.together("following", "make_generator", longest):
+            return SharedGenerator(roles.generator(longest), self.lead)
 
 
 class Following:

@@ -147,6 +147,21 @@ def test_ranks_stop_together_and_a_dead_one_ends_all_and_nothing_is_lost(
     assert_same_run(observed(folder), local, within=1e-5)
 
 
+@pytest.mark.engine
+def test_what_stops_rank_0_alone_in_mid_step_ends_all(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_model, "tiny")
+    folder = replay(config, "tiny")
+    process = start(config, TORCHRUN)
+    wait_for(folder / "rounds/0001/trainer/checkpoints/000001", process)
+    # Rank 0 alone writes metrics; the others go on to the next step, and wait there.
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").mkdir()
+    began = time.monotonic()
+    status, output = finish(process)
+    assert status != 0 and time.monotonic() - began < 120
+    assert "IsADirectoryError" in output and "another rank ended" in output
+
+
 def settings(tmp_path: Path, **placement: Any) -> RunConfig:
     return load([write_config(tmp_path, "model", "run", placement=placement)])
 
