@@ -30,7 +30,7 @@ from typing import Any
 
 import polars as pl
 
-from launch.local import model_path
+from launch.roles import model_path
 from launch.offline import tokens_of, train
 from rlhf.config_offline import OfflineConfig
 from rlhf.held_out import answer_logps

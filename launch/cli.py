@@ -400,6 +400,10 @@ def _start(
         return 0
     from launch.placement import launched
 
+    if config.placement.kind == "ray":
+        from launch.ray_run import train as run_actors
+
+        return run_actors(config)
     if launched(config):
         from launch.spmd import train as run_ranks
 

@@ -29,13 +29,15 @@ if TYPE_CHECKING:
     from rlhf.stages import Outcome
 
 
-def train(config: RunConfig, team: Team | None = None) -> int:
+def train(config: RunConfig, team: Team | None = None, plan: Plan | None = None) -> int:
     """Run the loop to its end; the exit status (see `pairloop --help`). Raises as `run` does."""
-    return DataGateError.exit_status if run(config, team).best_round is None else 0
+    return DataGateError.exit_status if run(config, team, plan).best_round is None else 0
 
 
-def run(config: RunConfig, team: Team | None = None) -> Outcome:
+def run(config: RunConfig, team: Team | None = None, plan: Plan | None = None) -> Outcome:
     """Run the loop to its end, in this process with its `team`, or go on with it.
+
+    `plan` says how the team works, where that is not on this machine.
 
     Raises PairloopError: bad input, a data gate, a failed check, or an interruption.
     """
@@ -45,7 +47,7 @@ def run(config: RunConfig, team: Team | None = None) -> Outcome:
     terminal = Terminal(config.tracking.plain)
     machine = this_machine()
     config = settle(config, machine)
-    plan = place_on(config, machine)
+    plan = plan or place_on(config, machine)
     judging = Judging(config, plan.device)
     trackers = Trackers(build_trackers(config.tracking), terminal.say)
     with (

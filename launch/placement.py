@@ -99,7 +99,8 @@ def one_process(config: Trains) -> None:
     if (wanted := several(config)) is not None:
         raise InputError(
             f"{wanted} needs more than one process, and this is one: start ranks with accelerate "
-            "launch or torchrun (README, More than one process), or leave it out"
+            "launch or torchrun, or set placement.kind ray (README, More than one process), or "
+            "leave it out"
         )
 
 
@@ -113,12 +114,6 @@ def launched(config: RunConfig) -> bool:
         raise InputError(
             f"placement.kind is local, but a launcher started {ranks} ranks; use spmd or auto, or "
             "start it without the launcher"
-        )
-    wanted = several(config)
-    if placement.kind == "ray" or (wanted and "zero" not in wanted and placement.kind != "spmd"):
-        raise InputError(
-            f"{wanted} can be planned (train --dry-run --cluster 4x8xH100-80GB) but not yet run: "
-            "leave it out"
         )
     if ranks == 1 and placement.kind != "spmd":
         one_process(config)

@@ -1,0 +1,443 @@
+"""Ray actors around the plain classes: generators, and the ranks of the learner.
+
+| who waits | for whom | if that one dies |
+|---|---|---|
+| driver, in `stream` | the first generator to finish its shard | made anew, shard done again |
+| driver, in `load`, `logps` | every generator | made anew, call made again |
+| driver, in a learner's call | every rank | all made anew, restored, call made again |
+| a learner rank | the others, in a collective | its connection closes: the call ends |
+
+A generator made anew is given the version that the others serve. Only actors that died are tried
+again, a few times: an error that an actor raised is about the data
+or the config, and is raised here. Nothing is kept before a call has returned, so what is done again
+is counted once. A training goes on from its newest checkpoint; steps that are done again give the
+same numbers, and are told once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from launch.quiet import hush, hush_transformers
+from launch.roles import Roles, Say
+from rlhf.errors import Interrupted, PairloopError
+from rlhf.protocols import Job, Loaded, OnStep, Published, Sampling
+from rlhf.types import Completion, Prompt, Trained
+
+if TYPE_CHECKING:
+    import polars as pl
+
+TRIES = 3
+"""Times that an actor is made anew for one call before that ends the run."""
+POLL_S = 0.2
+"""Seconds between looks at a training's steps."""
+
+
+class ActorLostError(PairloopError):
+    """An actor died each time that it was made anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where an actor is made: a bundle of a placement group, and its part of it."""
+
+    group: PlacementGroup
+    bundle: int
+    cpus: float
+    gpus: float
+
+    def make(self, kind: type, *arguments: Any, concurrency: int = 1) -> Any:
+        """An actor of a plain class."""
+        return (
+            ray.remote(kind)
+            .options(
+                num_cpus=self.cpus,
+                num_gpus=self.gpus,
+                max_concurrency=concurrency,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self.group, placement_group_bundle_index=self.bundle
+                ),
+            )
+            .remote(*arguments)
+        )
+
+
+class GeneratorActor:
+    """One generator in a process of its own."""
+
+    def __init__(self, roles: Roles, longest: int) -> None:
+        hush()
+        hush_transformers()
+        self._generator = roles.generator(longest)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the generator's method gives."""
+        return getattr(self._generator, method)(*arguments)
+
+    def identity(self) -> tuple[str, int]:
+        """(node, process)."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+
+class LearnerActor:
+    """One rank of the learner in a process of its own."""
+
+    def __init__(self, roles: Roles, rank: int, world: int) -> None:
+        hush()
+        hush_transformers()
+        self._roles = roles
+        self._rank, self._world = rank, world
+        self._asked: str | None = None
+        self._said: list[str] = []
+
+    def address(self) -> tuple[str, int]:
+        """Where ranks may meet: this node, and a port of it that is free now."""
+        with socket.socket() as found:
+            found.bind(("", 0))
+            host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            return host, found.getsockname()[1]
+
+    def meet(self, address: tuple[str, int]) -> list[str]:
+        """Meet the other ranks and load the policy; what is worth saying."""
+        from launch import spmd
+
+        host, port = address
+        os.environ |= {
+            "RANK": str(self._rank),
+            "WORLD_SIZE": str(self._world),
+            # Ray shows an actor its own GPUs only.
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+        }
+        group = spmd.join(self._roles.plan.device).group
+        config = self._roles.config
+        self._learner = self._roles.learner(
+            self._said.append, lambda policy, _: spmd.shard(policy, config, group)
+        )
+        return self._said
+
+    def identity(self) -> tuple[str, int]:
+        """(node, process)."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the rank's method gives; the first's answer is all that is wanted."""
+        from launch.spmd import leaving_together
+
+        with leaving_together():
+            found = getattr(self._learner, method)(*arguments)
+        return found if self._rank == 0 else None
+
+    def train(
+        self,
+        table: pl.DataFrame,
+        reference: pl.DataFrame | None,
+        round_index: int,
+        state: Path,
+        steps: Queue | None,
+    ) -> Trained:
+        """See `Learner.train`; tells `steps` of each."""
+        from launch.spmd import leaving_together
+
+        def on_step(step: int, values: dict[str, float]) -> None:
+            if steps is not None:
+                steps.put((step, values))
+
+        def check() -> None:
+            if self._asked is not None:
+                raise Interrupted(self._asked)
+
+        with leaving_together():
+            return self._learner.train(table, reference, round_index, state, on_step, check)
+
+    def stop(self, reason: str) -> None:
+        """Ask a training to stop after its step; heard while it runs."""
+        self._asked = reason
+
+
+class Generators:
+    """`rlhf.protocols.Pool`: generators that serve the same version, a shard of prompts each."""
+
+    def __init__(self, seats: Sequence[Seat], roles: Roles, longest: int, say: Say) -> None:
+        self._seats = seats
+        self._arguments = roles, longest
+        self._say = say
+        self._published: Published | None = None
+        self._actors = [self._make(seat) for seat in seats]
+
+    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, list[Completion]]]:
+        """See `Pool.stream`: a job for whoever is free; each generator has one at a time, so none
+        works ahead of what is stored."""
+        waiting, tried = deque(range(len(jobs))), Counter[int]()
+        free = deque(range(len(self._actors)))
+        running: dict[Any, tuple[int, int]] = {}
+        while waiting or running:
+            while waiting and free:
+                at, job = free.popleft(), waiting.popleft()
+                running[self._actors[at].call.remote("generate", *jobs[job])] = at, job
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            at, job = running.pop(ready)
+            try:
+                drawn = _answer(ready)
+            except RayActorError as error:
+                tried[job] += 1
+                self._replace(at, tried[job], error)
+                waiting.appendleft(job)
+                free.append(at)
+                continue
+            free.append(at)
+            yield job, drawn
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """See `Generator.generate`; by the first."""
+        found: list[Completion] = self._ask(0, "generate", prompts, sampling)
+        return found
+
+    def logps(self, completions: Sequence[Completion]) -> list[list[float]]:
+        """See `Generator.logps`; by the first."""
+        found: list[list[float]] = self._ask(0, "logps", completions)
+        return found
+
+    def all_logps(self, completions: Sequence[Completion]) -> list[list[list[float]]]:
+        """See `Pool.all_logps`."""
+        return self._all("logps", completions)
+
+    def load(self, published: Published) -> Loaded:
+        """See `Generator.load`."""
+        self._published = None
+        said = self._all("load", published)
+        self._published = published
+        # Any that differs will do: the caller compares it with what was published.
+        loaded: Loaded = next((word for word in said if word != said[0]), said[0])
+        return loaded
+
+    def sleep(self) -> None:
+        """See `Generator.sleep`."""
+        self._all("sleep")
+
+    def wake(self) -> Loaded | None:
+        """See `Generator.wake`."""
+        said = self._all("wake")
+        loaded: Loaded | None = next((word for word in said if word != said[0]), said[0])
+        return loaded
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        asked = [actor.call.remote(method, *arguments) for actor in self._actors]
+        return [
+            self._ask(at, method, *arguments, asked=reference) for at, reference in enumerate(asked)
+        ]
+
+    def _ask(self, at: int, method: str, *arguments: Any, asked: Any = None) -> Any:
+        for again in range(TRIES + 1):
+            reference = asked or self._actors[at].call.remote(method, *arguments)
+            asked = None
+            try:
+                return _answer(reference)
+            except RayActorError as error:
+                self._replace(at, again + 1, error)
+        raise AssertionError("the last failure is raised by _replace")
+
+    def _make(self, seat: Seat) -> Any:
+        return seat.make(GeneratorActor, *self._arguments)
+
+    def _replace(self, at: int, tries: int, error: RayActorError) -> None:
+        """A new actor that serves what the others serve."""
+        if tries > TRIES:
+            raise ActorLostError(f"generator {at} died {tries} times: {error}") from error
+        self._say(f"generator {at} died and is made anew ({tries} of {TRIES})")
+        self._actors[at] = self._make(self._seats[at])
+        if self._published is not None:
+            self._ask(at, "load", self._published)
+
+
+class Learners:
+    """`rlhf.protocols.Learner`: ranks that train one policy together."""
+
+    def __init__(self, seats: Sequence[Seat], roles: Roles, say: Say) -> None:
+        self._seats = seats
+        self._roles = roles
+        self._say = say
+        self._restored: Path | None = None
+        self._ranks: list[Any] = []
+        self._start(say)
+
+    @property
+    def config(self) -> Any:
+        """The run's settings."""
+        return self._roles.config
+
+    def restore(self, folder: Path | None) -> None:
+        """See `Learner.restore`."""
+        self._together(lambda: self._call("restore", folder))
+        self._restored = folder
+
+    def save(self, folder: Path, card: str) -> None:
+        """See `Learner.save`."""
+        try:
+            self._call("save", folder, card)
+        except RayActorError as error:
+            raise ActorLostError(
+                f"a learner rank died with what it had trained: {error}; the same command goes on "
+                "from the newest checkpoint"
+            ) from error
+
+    def save_merged(self, folder: Path) -> None:
+        """See `Learner.save_merged`."""
+        self._together(lambda: self._call("save_merged", folder))
+
+    def release(self) -> None:
+        """See `Learner.release`."""
+        self._together(lambda: self._call("release"))
+
+    def logps(self, completions: Sequence[Completion], initial: bool = False) -> list[list[float]]:
+        """See `Learner.logps`."""
+        found: list[list[float]] = self._together(lambda: self._call("logps", completions, initial))
+        return found
+
+    def reference_logps(self, table: pl.DataFrame, round_index: int) -> pl.DataFrame:
+        """See `Learner.reference_logps`."""
+        found: pl.DataFrame = self._together(
+            lambda: self._call("reference_logps", table, round_index)
+        )
+        return found
+
+    def plan(self, table: pl.DataFrame) -> int:
+        """See `Learner.plan`."""
+        steps: int = self._together(lambda: self._call("plan", table))
+        return steps
+
+    def train(
+        self,
+        table: pl.DataFrame,
+        reference: pl.DataFrame | None,
+        round_index: int,
+        state: Path,
+        on_step: OnStep,
+        check: Callable[[], None],
+    ) -> Trained:
+        """See `Learner.train`; a signal that the driver hears stops all ranks at the same step."""
+        last = 0
+        asked = False
+
+        def train() -> Trained:
+            nonlocal last, asked
+            steps = Queue(actor_options={"num_cpus": 0})
+            pending = [
+                rank.train.remote(table, reference, round_index, state, None if at else steps)
+                for at, rank in enumerate(self._ranks)
+            ]
+            given, running = list(pending), True
+            while running:
+                _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
+                running = bool(pending)
+                for step, values in _drained(steps):
+                    if step > last:
+                        last = step
+                        on_step(step, values)
+                if not asked and (reason := _reason(check)) is not None:
+                    asked = True
+                    for rank in self._ranks:
+                        rank.stop.remote(reason)
+            steps.shutdown()
+            done: Trained = _agreed(given)
+            return done
+
+        trained: Trained = self._together(train)
+        return trained
+
+    def close(self) -> None:
+        """End the ranks."""
+        for rank in self._ranks:
+            ray.kill(rank)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return _agreed([rank.call.remote(method, *arguments) for rank in self._ranks])
+
+    def _together(self, ask: Callable[[], Any]) -> Any:
+        for again in range(TRIES + 1):
+            try:
+                return ask()
+            except RayActorError as error:
+                if again == TRIES:
+                    raise ActorLostError(
+                        f"learner ranks died {again + 1} times: {error}"
+                    ) from error
+                self._say(f"a learner rank died; all are made anew ({again + 1} of {TRIES})")
+                self.close()
+                self._start(lambda _: None)
+                self._call("restore", self._restored)
+        raise AssertionError("the last failure is raised")
+
+    def _start(self, say: Say) -> None:
+        world = len(self._seats)
+        self._ranks = [
+            seat.make(LearnerActor, self._roles, rank, world, concurrency=2)
+            for rank, seat in enumerate(self._seats)
+        ]
+        address = ray.get(self._ranks[0].address.remote())
+        for line in _agreed([rank.meet.remote(address) for rank in self._ranks]):
+            say(line)
+
+
+def _answer(reference: Any) -> Any:
+    """What a call gave. Raises what it raised, or RayActorError where its actor died."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from error
+
+
+def _agreed(references: Sequence[Any]) -> Any:
+    """The first rank's answer, once all are there.
+
+    Raises RayActorError where a rank died, whatever the others then met; else the first's error.
+    """
+    from launch.spmd import RankLostError
+
+    errors: list[Exception] = []
+    answers: list[Any] = []
+    for reference in references:
+        try:
+            answers.append(_answer(reference))
+        except Exception as error:
+            errors.append(error)
+    lost = [error for error in errors if isinstance(error, RayActorError)]
+    own = [error for error in errors if not isinstance(error, RankLostError)]
+    if errors:
+        raise (*lost, *own, *errors)[0]
+    return answers[0]
+
+
+def _drained(steps: Queue) -> Iterator[tuple[int, dict[str, float]]]:
+    while True:
+        try:
+            yield steps.get_nowait()
+        except Empty:
+            return
+
+
+def _reason(check: Callable[[], None]) -> str | None:
+    """Why a stop was asked for, if it was."""
+    try:
+        check()
+    except Interrupted as error:
+        return str(error)
+    return None

@@ -1,0 +1,168 @@
+"""A run on a Ray cluster: the one that this process belongs to, or one of this machine alone."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from launch import cluster_fit, local
+from launch.cluster import Cluster
+from launch.judge_memory import own_specs
+from launch.layout import ACTOR_CPUS, Layout, Role
+from launch.machines import Machine, this_machine
+from launch.quiet import hush
+from launch.roles import Roles, Say
+from rlhf.config import RunConfig
+from rlhf.errors import InputError
+from rlhf.protocols import Generator, Learner
+
+if TYPE_CHECKING:
+    from launch.actors import Learners, Seat
+
+ROLES: tuple[Role, ...] = ("learner", "generator")
+RESERVE_S = 300.0
+"""Seconds that a cluster has to give the actors their places."""
+
+
+def train(config: RunConfig) -> int:
+    """Run the loop in this process and its work in actors; the exit status.
+
+    Raises PairloopError as `launch.local.run` does, and InputError where the cluster can't hold it.
+    """
+    hush()
+    with _joined() as found:
+        planned = cluster_fit.plan_cluster(config, found)
+        if (refused := cluster_fit.refusal(planned)) is not None:
+            raise refused
+        _refuse(planned.config, planned.layout, planned.plan.device)
+        with _seated(planned.layout) as seats:
+            team = _Actors(seats["learner"], seats["generator"])
+            try:
+                return local.train(planned.config, team, planned.plan)
+            finally:
+                team.close()
+
+
+class _Actors:
+    """The team of `launch.local`: actors on their seats."""
+
+    def __init__(self, learners: Sequence[Seat], generators: Sequence[Seat]) -> None:
+        self._seats = learners, generators
+        self._say: Say = lambda _: None
+        self._learners: Learners | None = None
+
+    def learner(self, roles: Roles, say: Say) -> Learner:
+        """See `Team.learner`: one rank a seat."""
+        from launch.actors import Learners
+
+        self._say = say
+        self._learners = Learners(self._seats[0], roles, say)
+        return self._learners
+
+    def generator(self, roles: Roles, longest: int) -> Generator:
+        """See `Team.generator`: one a seat."""
+        from launch.actors import Generators
+
+        return Generators(self._seats[1], roles, longest, self._say)
+
+    def close(self) -> None:
+        """End the learner's ranks; the generators' end is the loop's."""
+        if self._learners is not None:
+            self._learners.close()
+
+
+@contextmanager
+def _joined() -> Iterator[Cluster]:
+    """The cluster of a submitted job or of RAY_ADDRESS, else one on this machine's loopback."""
+    try:
+        address = os.environ.get("RAY_ADDRESS")
+        if address is None:
+            # Whoever else is on this machine must not run code in our processes.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        import ray
+    except ImportError as error:
+        raise InputError(
+            f"placement.kind ray needs Ray: {error}; pip install 'pairloop[ray]'"
+        ) from None
+    if address is None:
+        ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False)
+    else:
+        ray.init(address=address, log_to_driver=False)
+    try:
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        machines = tuple(_machine(node) for node in nodes if node["Alive"])
+        yield Cluster(f"{len(machines)} Ray nodes", machines)
+    finally:
+        ray.shutdown()
+
+
+def _machine(node: dict[str, Any]) -> Machine:
+    """What a node has, by its own account, with the GPUs that Ray may give."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    # A task without GPUs would be shown none.
+    shown = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
+    ask = ray.remote(this_machine).options(
+        num_cpus=0, scheduling_strategy=strategy, runtime_env=shown
+    )
+    machine: Machine = ray.get(ask.remote())
+    return replace(machine, gpus=min(machine.gpus, int(node["Resources"].get("GPU", 0))))
+
+
+def _refuse(config: RunConfig, layout: Layout, device: str) -> None:
+    """Raises InputError for what a plan may hold but actors can't do yet."""
+    if layout.tensor_parallel > 1:
+        raise InputError(
+            f"placement.tensor_parallel {layout.tensor_parallel} can be planned but not yet run; "
+            "use 1"
+        )
+    if device == "cuda" and (specs := own_specs(config)):
+        raise InputError(
+            f"judge {specs[0].name} has a model of its own, and under placement.kind ray judges "
+            "are asked from the driver, which has no GPU; use an endpoint (backend openai)"
+        )
+
+
+@contextmanager
+def _seated(layout: Layout) -> Iterator[dict[Role, list[Seat]]]:
+    """Places for learner ranks and generators, reserved for the run's life."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    from launch.actors import Seat
+
+    made = [
+        (group, placement_group(list(group.bundles), strategy=group.strategy))
+        for group in layout.groups
+    ]
+    try:
+        try:
+            ray.get([reserved.ready() for _, reserved in made], timeout=RESERVE_S)
+        except ray.exceptions.GetTimeoutError:
+            wanted = [bundle for group, _ in made for bundle in group.bundles]
+            raise InputError(
+                f"the Ray cluster has no room for {wanted} within {RESERVE_S:.0f} s; end what "
+                "else runs on it, or add nodes"
+            ) from None
+        places = {
+            slot: (reserved, bundle)
+            for group, reserved in made
+            for bundle, slot in enumerate(group.slots)
+        }
+        yield {
+            role: [
+                Seat(*places[holder.slots[0]], ACTOR_CPUS, holder.fraction)
+                for holder in layout.of(role)
+            ]
+            for role in ROLES
+        }
+    finally:
+        for _, reserved in made:
+            remove_placement_group(reserved)
