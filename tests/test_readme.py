@@ -126,6 +126,7 @@ SHOWS = {
     "pairloop dpo run.yaml": "runs/offline/stats.json",
     "pairloop import-adapter OLD NEW": "2 tensors: NEW",
     "python benchmarks/dpo_step.py": "--sizes",
+    "python benchmarks/head_memory.py": "--case",
     "python benchmarks/memory.py": "--case",
     "python benchmarks/selection.py": "--contestants",
     "python benchmarks/duplicates.py": "--threshold",
