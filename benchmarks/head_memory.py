@@ -24,7 +24,7 @@ MIB = 2**20
 VOCABULARIES = (32_768, 65_536, 131_072, 262_144)
 TOKENS = (256, 1024, 4096)
 WHOLE_AT_MOST = 2**28
-"""Logits: more than these take over 3 GiB whole."""
+"""Logits: these take 4 GiB whole, more take too long."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,7 @@ SHOWS = {
     "pairloop sweep run.yaml --objective.beta 0.05,0.1,0.2,0.5": "runs/offline/sweep.html",
     "pairloop import-adapter OLD NEW": "2 tensors: NEW",
     "python benchmarks/dpo_step.py": "--sizes",
+    "python benchmarks/head_memory.py": "--case",
     "python benchmarks/memory.py": "--case",
     "python benchmarks/zero_memory.py": "--cases",
     "python benchmarks/selection.py": "--contestants",
