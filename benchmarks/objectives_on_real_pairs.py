@@ -30,8 +30,8 @@ from typing import Any
 
 import polars as pl
 
-from launch.roles import model_path
 from launch.offline import tokens_of, train
+from launch.roles import model_path
 from rlhf.config_offline import OfflineConfig
 from rlhf.held_out import answer_logps
 from rlhf.learner import Learner

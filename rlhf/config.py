@@ -85,9 +85,8 @@ class Placement(Section):
 
     kind: Literal["auto", "local", "spmd", "ray"] = "auto"
     """`local`: everything in one process. `spmd`: the ranks that `accelerate launch` or torchrun
-    started sample and train together. `ray`: engines and learner ranks are actors on a cluster
-    (planned only). `auto`: what was started; on a cluster that a dry run describes, the kind that
-    fits it."""
+    started sample and train together. `ray`: engines and learner ranks are actors on a cluster.
+    `auto`: what was started; on a cluster that a dry run describes, the kind that fits it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
     zero: Annotated[int, Field(ge=0, le=3)] = 0

@@ -1,0 +1,96 @@
+"""The loop on a real Ray cluster of two nodes: the golden run, and actors and a node that die."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from golden_run import environment, finish, golden, observed, replay, start, write_config
+from ray.cluster_utils import Cluster
+
+pytestmark = pytest.mark.engine
+
+NODES = 2
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two raylets; an actor for learning and one for generating find place on each."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        nodes = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
+        found = Cluster(initialize_head=True, head_node_args={**nodes, "include_dashboard": False})
+        for _ in range(NODES - 1):
+            found.add_node(**nodes)
+        patch.setenv("RAY_ADDRESS", found.address)
+        yield found
+        found.shutdown()
+
+
+def begin(folder: Path, model: Path) -> tuple[subprocess.Popen[str], Path]:
+    config = write_config(folder, model, "tiny", placement={"kind": "ray"})
+    run = replay(config, "tiny")
+    return start(config, []), run
+
+
+def assert_golden(run: Path) -> None:
+    found, expected = observed(run), golden("tiny")
+    for index in ("1", "2"):
+        assert found[index]["pairs"] == expected[index]["pairs"]
+        assert found[index]["losses"] == pytest.approx(expected[index]["losses"], abs=1e-4)
+
+
+def actors(kind: str) -> list[psutil.Process]:
+    """Processes of the living actors of a class."""
+    named = f"ray::{kind}"
+    return [p for p in psutil.process_iter() if " ".join(p.cmdline()).startswith(named)]
+
+
+def kill_when(path: Path, kind: str, process: subprocess.Popen[str]) -> psutil.Process:
+    """SIGKILL an actor of a class as soon as `path` is there."""
+    end = time.monotonic() + 300
+    while not path.exists():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)
+    victims = actors(kind)
+    assert len(victims) == NODES, victims
+    victims[-1].send_signal(signal.SIGKILL)
+    return victims[-1]
+
+
+def test_actors_on_two_nodes_repeat_the_golden_run_though_one_of_each_kind_dies(
+    cluster: Cluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    process, run = begin(tmp_path, tiny_model)
+    first = kill_when(run / "rounds/0001/completions/part-00000.parquet", "GeneratorActor", process)
+    second = kill_when(run / "rounds/0001/trainer/checkpoints/000001", "LearnerActor", process)
+    status, output = finish(process)
+    assert status == 0, output
+    assert not first.is_running() and not second.is_running()
+    assert "died and is made anew (1 of 3)" in output
+    assert "a learner rank died; all are made anew (1 of 3)" in output
+    assert_golden(run)
+
+
+def test_a_signal_stops_all_ranks_and_the_same_command_goes_on(
+    cluster: Cluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    process, run = begin(tmp_path, tiny_model)
+    end = time.monotonic() + 300
+    while not (run / "rounds/0001/trainer/checkpoints/000001").exists():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    status, output = finish(process)
+    assert status == 75, output
+    status, output = finish(start(tmp_path / "tiny.yaml", []))
+    assert status == 0, output
+    assert_golden(run)
