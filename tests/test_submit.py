@@ -263,6 +263,18 @@ def test_a_job_queues_again_once_if_it_was_asked_to_stop_and_can_go_on(
     assert found == (["requeue 20034"] if again else [])
 
 
+def test_ranks_run_in_a_container_where_the_script_is_edited_to_name_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edits = {"container": "(apptainer exec 'my image')", "srun_options": "(--container-image=x)"}
+    text = fill_in(printed(capsys), {}, edits)
+    started = Started(folder, text, {"STATUS": "0", "STATE": "", "WAITS": ""})
+    assert started.end() == (0, "")
+    given = yaml.safe_load((folder / "seen.json").read_text())["arguments"]
+    assert given[1] == "--container-image=x"
+    assert given[-8:-5] == ["apptainer", "exec", "my image"]
+
+
 def test_ranks_are_told_where_to_meet_and_what_to_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
