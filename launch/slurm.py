@@ -81,13 +81,11 @@ def fill_in(text: str, directives: Mapping[str, str], variables: Mapping[str, st
     A directive that is commented out (`##SBATCH`) takes effect.
     """
     lines = text.splitlines(keepends=True)
-    starts = {name: (f"#SBATCH --{name}=", f"##SBATCH --{name}=") for name in directives}
-    values = {name: f"#SBATCH --{name}={shlex.quote(v)}\n" for name, v in directives.items()}
-    starts |= {name: (f"{name}=",) for name in variables}
-    values |= {name: f"{name}={value}\n" for name, value in variables.items()}
-    for name, start in starts.items():
-        (number,) = (i for i, line in enumerate(lines) if line.startswith(start))
-        lines[number] = values[name]
+    filled = {f"#SBATCH --{name}=": shlex.quote(value) for name, value in directives.items()}
+    filled |= {f"{name}=": value for name, value in variables.items()}
+    for start, value in filled.items():
+        (number,) = (i for i, line in enumerate(lines) if line.startswith((start, f"#{start}")))
+        lines[number] = f"{start}{value}\n"
     return "".join(lines)
 
 

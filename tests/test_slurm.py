@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,31 @@ def test_a_job_that_is_told_to_stop_queues_again_once_and_goes_on_exactly(
             assert pl.read_parquet(mine).equals(pl.read_parquet(others))
         else:
             assert mine.read_bytes() == others.read_bytes()
+
+
+def test_a_rank_that_dies_ends_its_job_soon_and_for_good(
+    tiny_model: Path, slurm: Cluster, tmp_path: Path
+) -> None:
+    trial = Trial(tmp_path, tiny_model, slurm)
+    job = trial.submit()
+    first = trial.run / "rounds/0001/trainer/checkpoints/000001"
+    until(first.is_dir, DEADLINE, f"{first} is there")
+    os.kill(rank_process(job, 1), signal.SIGKILL)
+    over = slurm.wait(job, 120)
+    log = trial.log(job)
+    assert (over["JobState"], over["ExitCode"], over["Restarts"]) == ("FAILED", "137:0", "0"), log
+    assert trial.status()["state"] == "failed"
+    assert "another rank ended" in log
+
+
+def rank_process(job: int, rank: int) -> int:
+    """The process of a job's rank, as this machine counts processes."""
+    wanted = {f"SLURM_JOB_ID={job}", f"RANK={rank}"}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if wanted <= set((folder / "environ").read_text(errors="replace").split("\0")):
+                return int(folder.name)
+    raise AssertionError(f"rank {rank} of job {job} does not run")
 
 
 def test_a_run_that_fails_ends_its_job_with_its_own_status(
