@@ -74,6 +74,14 @@ class Cluster:
         until(lambda: self.show(job)["JobState"] in over, seconds, f"job {job} is over")
         return self.show(job)
 
+    def idle(self) -> bool:
+        """Whether both nodes wait for work."""
+        try:
+            return self.run("sinfo", "--noheader", "--format=%D %t").split() == ["2", "idle"]
+        except AssertionError:
+            # The controller does not listen yet.
+            return False
+
     def logs(self) -> str:
         """The ends of the daemons' logs."""
         files = sorted(self._folder.glob("*.log"))
@@ -114,19 +122,10 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             stack.enter_context(daemon(slurmd, folder, f"slurmd-{name}"))
         made = Cluster(folder, first)
         try:
-            until(lambda: idle(made), 60, "both nodes are idle")
+            until(made.idle, 60, "both nodes are idle")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{made.logs()}") from None
         yield made
-
-
-def idle(made: Cluster) -> bool:
-    """Whether both nodes wait for work."""
-    try:
-        return made.run("sinfo", "--noheader", "--format=%D %t").split() == ["2", "idle"]
-    except AssertionError:
-        # The controller does not listen yet.
-        return False
 
 
 @contextmanager

@@ -103,8 +103,10 @@ def test_a_job_that_is_told_to_stop_queues_again_once_and_goes_on_exactly(
     # Of each rank that trains.
     assert {f.name for f in checkpoint.glob("rank-*")} == {"rank-00000.pt", "rank-00001.pt"}
     stopped_at = len(trial.losses())
-    # Slurm holds back for two minutes what queues again.
-    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    # Slurm holds back for two minutes what queues again. Less will do, but within the second that
+    # ended it a node takes the new start for the old one.
+    until(slurm.idle, 60, "both nodes are idle")
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+5seconds")
     over = slurm.wait(job, DEADLINE)
 
     log = trial.log(job)
