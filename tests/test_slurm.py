@@ -40,7 +40,7 @@ class Trial:
         values = run_values(
             folder,
             model,
-            learner={"batch_pairs": 1, "epochs": 4, "checkpoint_steps": 1},
+            learner={"batch_pairs": 1, "epochs": 8, "checkpoint_steps": 1},
             rounds={"count": 1},
             placement={"device": "cpu"},
         )
