@@ -289,6 +289,7 @@ def list_presets() -> int:
 
 app.command("launch.pairs:app", name="pairs", help="Look at preference files, clean and convert.")
 app.command("launch.judge:app", name="judge", help="Say what judges are worth.")
+app.command("launch.submit:app", name="submit", help="Hand a run to a cluster.")
 
 
 @app.command(name="config")

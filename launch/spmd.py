@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -418,36 +418,39 @@ def train(config: RunConfig) -> int:
     machine = this_machine()
     config = with_launchers_zero(settle(config, machine))
     plan = place_on(config, machine)
-    met = join(plan.device)
-    try:
-        if met.group.main:
-            lead = Lead(met)
-            try:
-                return local.train(config, Leading(lead))
-            finally:
-                lead.end()
-        return _follow(config, plan, met)
-    finally:
-        dist.destroy_process_group()
+    # A rank that follows listens before it meets the others, as rank 0 does before it opens the
+    # run: from then on a signal that killed one of them would make the run a failed one.
+    interrupts = Interrupts(lambda _: None)
+    with nullcontext() if os.environ.get("RANK") == "0" else interrupts:
+        met = join(plan.device)
+        try:
+            if met.group.main:
+                lead = Lead(met)
+                try:
+                    return local.train(config, Leading(lead), plan)
+                finally:
+                    lead.end()
+            return _follow(config, plan, met, interrupts)
+        finally:
+            dist.destroy_process_group()
 
 
-def _follow(config: RunConfig, plan: Plan, met: Met) -> int:
+def _follow(config: RunConfig, plan: Plan, met: Met, interrupts: Interrupts) -> int:
     rank = met.group.rank
     hush_transformers()
-    with Interrupts(lambda _: None) as interrupts:
+    try:
+        with leaving_together():
+            following = Following(Roles(config, plan), interrupts, met.group)
         try:
-            with leaving_together():
-                following = Following(Roles(config, plan), interrupts, met.group)
-            try:
-                attend(met, following.targets)
-            finally:
-                following.close()
-        except RankLostError as error:
-            to_stderr(f"rank {rank}: {error}")
-            return error.exit_status
-        except PairloopError as error:
-            to_stderr(f"rank {rank}: error: {error}")
-            return error.exit_status
+            attend(met, following.targets)
+        finally:
+            following.close()
+    except RankLostError as error:
+        to_stderr(f"rank {rank}: {error}")
+        return error.exit_status
+    except PairloopError as error:
+        to_stderr(f"rank {rank}: error: {error}")
+        return error.exit_status
     return 0
 
 

@@ -85,7 +85,7 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     tested = {PurePosixPath("launch/constraints", name) for name in CONSTRAINTS}
     assert tested <= names
     for name in names - tested:
-        code = name.suffix in {".py", ".yaml"} | TEMPLATES
+        code = name.suffix in {".py", ".yaml", ".sbatch"} | TEMPLATES
         assert code or name.parts[0].endswith(".dist-info"), name
     for folder in PACKAGES:
         for source in (ROOT / folder).rglob("*.py"):
@@ -93,6 +93,7 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     for preset in (ROOT / "configs").rglob("*.yaml"):
         assert PurePosixPath("launch/configs", preset.relative_to(ROOT / "configs")) in names
     assert PurePosixPath("launch/configs/demo.yaml") in names
+    assert PurePosixPath("launch/sbatch/spmd.sbatch") in names
     articles = sorted((ROOT / "rollout/support_desk").rglob("*.yaml"))
     templates = sorted(p for p in (ROOT / "rlhf").rglob("*") if p.suffix in TEMPLATES)
     assert articles
@@ -128,6 +129,15 @@ def test_the_wheel_alone_is_enough(
     where = [sys.executable, "-P", "-c", "import launch, rlhf, rollout; print(launch.__file__)"]
     assert run(where, tmp_path, PYTHONPATH=str(installed)).stdout.startswith(str(installed))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_wheel_alone_makes_a_slurm_job(installed: Path, tmp_path: Path) -> None:
+    config = installed / "launch/configs/demo_transformers.yaml"
+    submit = [sys.executable, "-P", "-m", "launch", "submit", "slurm", str(config), "--dry-run"]
+    text = run(submit, tmp_path, PYTHONPATH=str(installed)).stdout
+    template = (ROOT / "slurm/spmd.sbatch").read_text()
+    assert text.splitlines()[-10:] == template.splitlines()[-10:]
+    assert f"\narguments=({config})\n" in text
 
 
 def test_the_wheels_doctor_knows_its_requirements_and_the_tested_versions(

@@ -88,7 +88,12 @@ def test_a_config_opens_with_hardware_time_and_a_command_that_runs(
         assert main([*command, *(planned if "--dry-run" not in command else [])]) == 0
 
 
-SHORT = {"pairloop train": "--dry-run", "pairloop demo": "--dry-run", "python": "--help"}
+SHORT = {
+    "pairloop train": "--dry-run",
+    "pairloop demo": "--dry-run",
+    "pairloop submit": "--dry-run",
+    "python": "--help",
+}
 """What is added to commands that begin so. Whole runs: tests/test_demo.py and test_kill.py;
 benchmarks take minutes to hours."""
 
@@ -124,6 +129,8 @@ SHOWS = {
     "pairloop pairs filter train.jsonl kept.jsonl --fallen fallen.jsonl": "kept.jsonl",
     "pairloop pairs convert kept.jsonl kto.parquet --to labels-chat": "kto.parquet",
     "pairloop report runs/demo": "runs/demo/report.html",
+    "pairloop submit slurm run.yaml --nodes 2 --ranks-per-node 8 --dry-run": "ntasks-per-node=8",
+    "pairloop submit slurm run.yaml --nodes 2 --ranks-per-node 8": "#SBATCH --nodes=2",
     "pairloop doctor": "checks: ",
     "pairloop doctor run.yaml": "checks: ",
     "pairloop dpo run.yaml": "runs/offline/stats.json",
@@ -391,7 +398,7 @@ def test_the_examples_tell_the_commands_of_their_configs() -> None:
 
 
 def test_files_that_the_readme_names_are_there() -> None:
-    rooms = "benchmarks|configs|examples|constraints|rollout|rlhf|launch"
+    rooms = "benchmarks|configs|examples|constraints|rollout|rlhf|launch|slurm"
     named = set(re.findall(rf"`((?:{rooms})/[\w./-]+)`", README))
     assert named
     assert [n for n in named if not (ROOT / n).exists()] == []

@@ -1,0 +1,51 @@
+"""`pairloop submit`: hand a run to a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from launch.slurm import Job
+
+app = App(name="submit", help="Hand a run to a cluster.", help_format="plaintext")
+
+ONE_RANK = Job()
+
+
+@app.command
+def slurm(
+    config: Path,
+    /,
+    *more: Path,
+    job: Job = ONE_RANK,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    overrides: Annotated[tuple[tuple[str, str], ...], Parameter(parse=False)] = (),
+) -> int:
+    """Check a config, and submit its run as a Slurm job: one task a rank, over one or more nodes.
+
+    Before its time is up the job stops the run at a safe point, queues again and goes on. The
+    script is written beside the run's folder, anew at each submission; for one of your own, send
+    --dry-run to a file, edit it, and give that to sbatch.
+
+    Parameters
+    ----------
+    config
+        YAML file.
+    more
+        Further YAML files; later ones win, key by key.
+    dry_run
+        Print the script, and stop.
+    """
+    from launch.local import rehearse
+    from launch.slurm import script, submit
+    from rlhf import config_io
+
+    paths = (config, *more)
+    loaded = config_io.load(paths, overrides)
+    settings = (f"--{key}={value}" for key, value in overrides)
+    text = script(loaded, [*map(str, paths), *settings], job)
+    rehearse(loaded)
+    print(text if dry_run else submit(loaded, text), end="")
+    return 0

@@ -1,0 +1,204 @@
+"""A real Slurm of two nodes on this machine: each a network, a PID and a host name of its own.
+
+It needs root and Debian's packages `slurm-wlm`, `munge` and `iproute2`; it leaves nothing running,
+since a node lives no longer than the pipe to its first process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "unshare", "nsenter")
+NODES = {"n1": "10.99.0.1", "n2": "10.99.0.2"}
+POLL = 0.1
+
+# CPUs are claimed, not looked for: what a node has is this machine's whole.
+CONF = """
+ClusterName=trial
+SlurmctldHost=n1
+SlurmUser=root
+SlurmdUser=root
+AuthInfo=socket={folder}/munge.socket
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SlurmdParameters=config_overrides
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+NodeName=n[1-2] CPUs=2
+PartitionName=all Nodes=ALL Default=YES State=UP
+"""
+
+
+class Cluster:
+    """What a user on the first node can do."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        self._folder = folder
+        self._first = first
+
+    def run(self, *command: str, cwd: Path | None = None, **more: str) -> str:
+        """What a command prints on the first node, with `more` variables in its environment."""
+        # Entering leads to the node's root.
+        there = ["sh", "-c", 'cd "$0" && exec "$@"', str(cwd or self._folder)]
+        done = subprocess.run(
+            [*inside(self._first), *there, *command],
+            env={**os.environ, **more, **variables(self._folder)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def show(self, job: int) -> dict[str, str]:
+        """A job as `scontrol` shows it."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", str(job))))
+
+    def wait(self, job: int, seconds: float) -> dict[str, str]:
+        """A job once it is over."""
+        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        until(lambda: self.show(job)["JobState"] in over, seconds, f"job {job} is over")
+        return self.show(job)
+
+    def idle(self) -> bool:
+        """Whether both nodes wait for work."""
+        try:
+            return self.run("sinfo", "--noheader", "--format=%D %t").split() == ["2", "idle"]
+        except AssertionError:
+            # The controller does not listen yet.
+            return False
+
+    def logs(self) -> str:
+        """The ends of the daemons' logs."""
+        files = sorted(self._folder.glob("*.log"))
+        return "\n".join(f"{file.name}\n{file.read_text()[-3000:]}" for file in files)
+
+
+def until(holds: Callable[[], bool], seconds: float, what: str) -> None:
+    """Wait for a condition; AssertionError where it does not hold in time."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
+        time.sleep(POLL)
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[Cluster]:
+    """The cluster, with its files in `folder`, until the block ends."""
+    missing = [name for name in PROGRAMS if shutil.which(name, path=search_path()) is None]
+    assert not missing, f"no {missing}: apt-get install slurm-wlm munge iproute2"
+    assert os.geteuid() == 0, "nodes of their own take root"
+    hosts = "".join(f"{address} {name}\n" for name, address in NODES.items())
+    (folder / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
+    (folder / "slurm.conf").write_text(CONF.format(folder=folder))
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o600)
+    (folder / "state").mkdir()
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(node(name, folder)) for name in NODES)
+        connect(first, second)
+        munge = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "log", "pid", "seed")]
+        # --force: the folder's parents may be anyone's to write.
+        munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge]
+        stack.enter_context(daemon(munged, folder, "munged"))
+        until((folder / "munge.socket").exists, 30, "munged listens")
+        stack.enter_context(daemon([*inside(first), "slurmctld", "-D"], folder, "slurmctld"))
+        for name, process in zip(NODES, (first, second), strict=True):
+            slurmd = [*inside(process), "slurmd", "-D", "-N", name]
+            stack.enter_context(daemon(slurmd, folder, f"slurmd-{name}"))
+        made = Cluster(folder, first)
+        try:
+            until(made.idle, 60, "both nodes are idle")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{made.logs()}") from None
+        yield made
+
+
+@contextmanager
+def node(name: str, folder: Path) -> Iterator[int]:
+    """The first process of a node, whose network is a loopback; all in it ends with the block."""
+    script = (
+        f"mount --bind {folder}/hosts /etc/hosts && hostname {name} && ip link set lo up "
+        "&& echo $$ && cat && true"
+    )
+    new = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child"]
+    with subprocess.Popen(
+        [*new, "--mount-proc", "sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PATH": search_path()},
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        try:
+            assert process.stdout.readline() == "1\n"
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            yield int(children.read_text())
+        finally:
+            process.stdin.close()
+            process.wait(timeout=30)
+
+
+def connect(first: int, second: int) -> None:
+    """A cable between two nodes."""
+    make = ["ip", "link", "add", "wire1", "type", "veth", "peer", "name", "wire2"]
+    commands = [(first, [*make, "netns", str(second)])]
+    ends = zip((first, second), ("wire1", "wire2"), NODES.values(), strict=True)
+    for process, wire, address in ends:
+        commands.append((process, ["ip", "addr", "add", f"{address}/24", "dev", wire]))
+        commands.append((process, ["ip", "link", "set", wire, "up"]))
+    for process, command in commands:
+        # In the network alone: the other node's first process has no number inside this one.
+        entered = ["nsenter", f"--target={process}", "--net", *command]
+        subprocess.run(entered, check=True, env={**os.environ, "PATH": search_path()})
+
+
+@contextmanager
+def daemon(command: list[str], folder: Path, name: str) -> Iterator[None]:
+    """A process that runs as long as the block, and writes its log into the folder."""
+    with (folder / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **variables(folder)},
+        )
+        try:
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(timeout=20)
+
+
+def inside(process: int) -> list[str]:
+    """The words before a command that runs it on the node of that first process."""
+    return ["nsenter", f"--target={process}", "--net", "--uts", "--mount", "--pid"]
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """Where clients and daemons find the cluster."""
+    return {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": search_path()}
+
+
+def search_path() -> str:
+    """The path, with what is root's alone."""
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
