@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,13 +25,13 @@ def cluster() -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
             patch.setenv(name, value)
-        nodes = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
+        nodes: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
         found = Cluster(initialize_head=True, head_node_args={**nodes, "include_dashboard": False})
         for _ in range(NODES - 1):
             found.add_node(**nodes)
         patch.setenv("RAY_ADDRESS", found.address)
         yield found
-        found.shutdown()
+        found.shutdown()  # type: ignore[no-untyped-call]
 
 
 def begin(folder: Path, model: Path) -> tuple[subprocess.Popen[str], Path]:
