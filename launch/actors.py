@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 TRIES = 3
 """Times that an actor is made anew for one call before that ends the run."""
+START_S = 1800.0
+"""Seconds that an actor which is made anew has to find a place, where its node died perhaps another
+one, and to load its model."""
 POLL_S = 0.2
 """Seconds between looks at a training's steps."""
 
@@ -264,6 +267,7 @@ class Generators:
             raise ActorLostError(f"generator {at} died {tries} times: {error}") from error
         self._say(f"generator {at} died and is made anew ({tries} of {TRIES})")
         self._actors[at] = self._make(self._seats[at])
+        _started([self._actors[at].identity.remote()])
         if self._published is not None:
             self._ask(at, "load", self._published)
 
@@ -336,10 +340,10 @@ class Learners:
         """See `Learner.train`; a signal that the driver hears stops all ranks at the same step."""
         last = 0
         asked = False
+        steps = Queue(actor_options={"num_cpus": 0})
 
         def train() -> Trained:
             nonlocal last, asked
-            steps = Queue(actor_options={"num_cpus": 0})
             pending = [
                 rank.train.remote(table, reference, round_index, state, None if at else steps)
                 for at, rank in enumerate(self._ranks)
@@ -356,11 +360,13 @@ class Learners:
                     asked = True
                     for rank in self._ranks:
                         rank.stop.remote(reason)
-            steps.shutdown()
             done: Trained = _agreed(given)
             return done
 
-        trained: Trained = self._together(train)
+        try:
+            trained: Trained = self._together(train)
+        finally:
+            steps.shutdown()
         return trained
 
     def close(self) -> None:
@@ -392,9 +398,20 @@ class Learners:
             seat.make(LearnerActor, self._roles, rank, world, concurrency=2)
             for rank, seat in enumerate(self._seats)
         ]
-        address = ray.get(self._ranks[0].address.remote())
+        (address, *_) = _started([rank.address.remote() for rank in self._ranks])
         for line in _agreed([rank.meet.remote(address) for rank in self._ranks]):
             say(line)
+
+
+def _started(references: Sequence[Any]) -> list[Any]:
+    """First answers of new actors. Raises ActorLostError where they don't come in time."""
+    try:
+        return [ray.get(reference, timeout=START_S) for reference in references]
+    except GetTimeoutError:
+        raise ActorLostError(
+            f"an actor was not there within {START_S:.0f} s; has the cluster lost the node that "
+            "had its place? The same command goes on once there is room"
+        ) from None
 
 
 def _answer(reference: Any) -> Any:

@@ -161,9 +161,10 @@ class Policy:
             {n: p.detach().cpu().clone() for n, p in self.trainable()} if self.adapted else None
         )
         self.gathered: Gathered = lambda parameters, write: nullcontext()
-        """Set, with `split`, by whoever splits the weights over ranks, where no tensor is whole
-        outside of it; entered by all ranks together."""
-        self.split = False
+        """Set by whoever splits the weights over ranks, where none is whole outside of it; entered
+        by all ranks together."""
+        self.shares = False
+        """Set where a weight's memory is not its own, or not for long: it is copied to be saved."""
 
     @property
     def adapted(self) -> bool:
@@ -364,8 +365,7 @@ class Policy:
     ) -> None:
         from huggingface_hub import save_torch_state_dict
 
-        # What is whole only for now is copied before the next one is.
-        copy = self.split
+        copy = self.shares
         stored = {
             n: w.to("cpu", dtype if w.is_floating_point() else w.dtype, copy=copy).contiguous()
             for n, w in weights

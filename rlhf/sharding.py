@@ -182,8 +182,10 @@ class Zero:
             },
         )
         self.model: nn.Module = self._engine
+        # DeepSpeed's weights are views of one buffer.
+        policy.shares = True
         if stage == 3:
-            policy.gathered, policy.split = self._gathered, True
+            policy.gathered = self._gathered
         self.begin()
 
     def __str__(self) -> str:
