@@ -128,7 +128,11 @@ class Lead:
     def __init__(self, met: Met) -> None:
         self.group = met.group
         self._calls = met.calls
-        self._stuck = False
+        self._heard = False
+
+    def listened_to(self) -> None:
+        """From now on the others wait for calls: all of them have made their part of the policy."""
+        self._heard = True
 
     @contextmanager
     def together(self, target: str, method: str, *arguments: Any) -> Iterator[None]:
@@ -141,7 +145,7 @@ class Lead:
             raise
         except BaseException:
             # The others wait inside the call for what will not come: they hear of it by our end.
-            self._stuck = True
+            self._heard = False
             raise
 
     def each(
@@ -159,8 +163,8 @@ class Lead:
         return found
 
     def end(self) -> None:
-        """Let the others go, unless they can't hear it or are gone already."""
-        if not self._stuck:
+        """Let the others go, if they can hear it; else they see this rank go."""
+        if self._heard:
             with suppress(RankLostError):
                 self._say(None)
 
@@ -366,6 +370,7 @@ class Leading:
         """See `Team.learner`: that of all ranks."""
         group = self.lead.group
         own = roles.learner(say, lambda policy, _: shard(policy, roles.config, group))
+        self.lead.listened_to()
         return SharedLearner(own, self.lead)
 
     def generator(self, roles: Roles, longest: int) -> SharedGenerator:

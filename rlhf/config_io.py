@@ -45,12 +45,19 @@ NEUTRAL = (
     "judges.panel[].members[].traffic",
     "judges.audit[].members[].traffic",
     "rounds.count",
+    "placement.kind",
+    "placement.zero",
+    "placement.offload",
+    "placement.generators",
+    "placement.tensor_parallel",
+    "placement.colocate",
     "calibration",
     "tracking",
 )
 """Settings (a section stands for all its keys) that can't change what a round holds, so a run may
 be resumed with others. `rounds.count` is one: no round looks at how many follow it, so another
-count only lengthens or shortens the run. `rollout.max_concurrency` is none: what is decoded
+count only lengthens or shortens the run; who does the work adds numbers up in another order, no
+more. `rollout.max_concurrency` is none: what is decoded
 together changes an engine's rounding, and with it the samples."""
 
 

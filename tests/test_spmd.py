@@ -148,6 +148,19 @@ def test_ranks_stop_together_and_a_dead_one_ends_all_and_nothing_is_lost(
 
 
 @pytest.mark.engine
+def test_what_stops_rank_0_before_the_others_listen_ends_all(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tiny_model, "tiny")
+    # Rank 0 alone reads prompts; under ZeRO the others wait for it to make its part of the policy.
+    (tmp_path / "train8.jsonl").write_text("no JSON")
+    began = time.monotonic()
+    status, output = finish(start(config, accelerate("zero2")))
+    assert status != 0 and time.monotonic() - began < 180
+    assert "error: prompts.train" in output or "train8.jsonl" in output, output
+
+
+@pytest.mark.engine
 def test_what_stops_rank_0_alone_in_mid_step_ends_all(tiny_model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_model, "tiny")
     folder = replay(config, "tiny")
