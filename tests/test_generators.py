@@ -185,7 +185,9 @@ def test_an_end_token_is_there_only_where_it_was_sampled(
 def test_text_is_what_the_tokens_say_without_the_end(plain: list[Completion], world: World) -> None:
     for completion in plain:
         ids = completion.token_ids[: -1 if completion.finish_reason == "stop" else None]
-        assert completion.text == world.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        said = world.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        # vLLM holds back the first bytes of a character whose last ones were cut off.
+        assert completion.text.rstrip("\ufffd") == said.rstrip("\ufffd")
 
 
 def test_behaviour_logps_at_temperature_one_are_the_models(
