@@ -140,7 +140,7 @@ def test_ranks_stop_together_and_a_dead_one_ends_all_and_nothing_is_lost(
     began = time.monotonic()
     status, output = finish(process)
     assert status != 0 and time.monotonic() - began < 120
-    assert not (folder / "final").exists()
+    assert not (folder / "final/evaluation.json").exists()
 
     status, output = finish(start(config, TORCHRUN))
     assert status == 0, output
