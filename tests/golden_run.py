@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -89,6 +90,15 @@ def start(config: Path, launcher: list[str]) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     output, _ = process.communicate(timeout=DEADLINE)
     return process.returncode, output
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until `path` is there; it fails if the process ends before, or at the deadline."""
+    end = time.monotonic() + 300
+    while not path.exists():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)
 
 
 def observed(run: Path) -> dict[str, Any]:

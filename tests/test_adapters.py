@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -233,7 +234,12 @@ def test_an_adapter_that_changes_its_base_is_refused(init: str, tmp_path: Path) 
 def test_a_plain_adapter_is_taken_whatever_its_ranks(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    check_adapter(described(tmp_path / "adapter", **settings))
+    folder = described(tmp_path / "adapter", **settings)
+    check_adapter(folder)
+    # It was the config that let it pass: one setting more, and it is refused.
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match="plain LoRA adapter.*use_dora"):
+        check_adapter(described(folder, **settings, use_dora=True))
 
 
 def test_every_setting_of_pefts_is_known_to_be_plain_or_refused() -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from golden_run import environment, finish, golden, observed, replay, start, write_config
+from golden_run import environment, finish, golden, observed, replay, start, wait_for, write_config
 from ray.cluster_utils import Cluster
 
 pytestmark = pytest.mark.engine
@@ -55,11 +54,7 @@ def actors(kind: str) -> list[psutil.Process]:
 
 def kill_when(path: Path, kind: str, process: subprocess.Popen[str]) -> psutil.Process:
     """SIGKILL an actor of a class as soon as `path` is there."""
-    end = time.monotonic() + 300
-    while not path.exists():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.01)
+    wait_for(path, process)
     victims = actors(kind)
     assert len(victims) == NODES, victims
     victims[-1].send_signal(signal.SIGKILL)
@@ -84,11 +79,7 @@ def test_a_signal_stops_all_ranks_and_the_same_command_goes_on(
     cluster: Cluster, tiny_model: Path, tmp_path: Path
 ) -> None:
     process, run = begin(tmp_path, tiny_model)
-    end = time.monotonic() + 300
-    while not (run / "rounds/0001/trainer/checkpoints/000001").exists():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(run / "rounds/0001/trainer/checkpoints/000001", process)
     process.send_signal(signal.SIGTERM)
     status, output = finish(process)
     assert status == 75, output

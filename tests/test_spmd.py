@@ -13,7 +13,7 @@ import polars as pl
 import psutil
 import pytest
 import yaml
-from golden_run import ROOT, finish, golden, observed, replay, start, write_config
+from golden_run import ROOT, finish, golden, observed, replay, start, wait_for, write_config
 
 from launch.placement import launched
 from launch.spmd import join, with_launchers_zero
@@ -104,14 +104,6 @@ def test_each_rank_serves_from_a_vllm_engine_of_its_own(tiny_model: Path, tmp_pa
         known = drawn.select("prompt_id", pl.col("sample").alias(f"{side}_sample"), side="text")
         found = pairs.join(known, on=["prompt_id", f"{side}_sample"], validate="1:1")
         assert found[side].to_list() == found["side"].to_list() and found.height == pairs.height > 0
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 300
-    while not path.exists():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.01)
 
 
 def rank_of(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
