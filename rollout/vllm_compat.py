@@ -109,8 +109,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def beside_ranks() -> bool:
-    """Whether this process has joined a group of ranks already."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    """Whether this process is one of several ranks that have met: an engine before this one made a
+    group too, of this process alone."""
+    from torch import distributed
+
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
 
 
 def shut_down(llm: Any, keep_groups: bool) -> None:
