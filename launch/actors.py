@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from launch.layout import Role
 from launch.quiet import hush, hush_transformers
 from launch.roles import Roles, Say
 from rlhf.errors import Interrupted, PairloopError
@@ -75,6 +76,17 @@ class Seat:
             )
             .remote(*arguments)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """Where everybody of a run sits."""
+
+    of: Mapping[Role, Sequence[Seat]]
+    judges: Mapping[str, Seat]
+    """Judge with a model of its own -> its seat."""
+    colocated: bool
+    """Whether engines and learner take turns."""
 
 
 class GeneratorActor:
@@ -174,35 +186,38 @@ class LearnerActor:
 class Generators:
     """`rlhf.protocols.Pool`: generators that serve the same version, a shard of prompts each."""
 
-    def __init__(self, seats: Sequence[Seat], roles: Roles, longest: int, say: Say) -> None:
-        self._seats = seats
+    def __init__(self, seats: Seats, roles: Roles, longest: int, say: Say) -> None:
+        self._seats = seats.of["generator"]
+        self._colocated = seats.colocated
         self._arguments = roles, longest
         self._say = say
         self._published: Published | None = None
-        self._actors = [self._make(seat) for seat in seats]
+        self._actors = [self._make(seat) for seat in self._seats]
 
-    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, list[Completion]]]:
+    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, list[Completion]]]:
         """See `Pool.stream`: a job for whoever is free; each generator has one at a time, so none
         works ahead of what is stored."""
-        waiting, tried = deque(range(len(jobs))), Counter[int]()
+        coming, again, tried = enumerate(jobs), deque[tuple[int, Job]](), Counter[int]()
         free = deque(range(len(self._actors)))
-        running: dict[Any, tuple[int, int]] = {}
-        while waiting or running:
-            while waiting and free:
-                at, job = free.popleft(), waiting.popleft()
-                running[self._actors[at].call.remote("generate", *jobs[job])] = at, job
+        running: dict[Any, tuple[int, int, Job]] = {}
+        while True:
+            while free and (given := again.popleft() if again else next(coming, None)):
+                number, job = given
+                at = free.popleft()
+                running[self._actors[at].call.remote("generate", *job)] = at, number, job
+            if not running:
+                return
             (ready,), _ = ray.wait(list(running), num_returns=1)
-            at, job = running.pop(ready)
-            try:
-                drawn = _answer(ready)
-            except RayActorError as error:
-                tried[job] += 1
-                self._replace(at, tried[job], error)
-                waiting.appendleft(job)
-                free.append(at)
-                continue
+            at, number, job = running.pop(ready)
             free.append(at)
-            yield job, drawn
+            try:
+                drawn = answered(ready)
+            except RayActorError as error:
+                tried[number] += 1
+                self._replace(at, tried[number], error)
+                again.append((number, job))
+                continue
+            yield number, drawn
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """See `Generator.generate`; by the first."""
@@ -228,8 +243,9 @@ class Generators:
         return loaded
 
     def sleep(self) -> None:
-        """See `Generator.sleep`."""
-        self._all("sleep")
+        """See `Generator.sleep`; those with GPUs of their own need not."""
+        if self._colocated:
+            self._all("sleep")
 
     def wake(self) -> Loaded | None:
         """See `Generator.wake`."""
@@ -253,7 +269,7 @@ class Generators:
             reference = asked or self._actors[at].call.remote(method, *arguments)
             asked = None
             try:
-                return _answer(reference)
+                return answered(reference)
             except RayActorError as error:
                 self._replace(at, again + 1, error)
         raise AssertionError("the last failure is raised by _replace")
@@ -267,7 +283,7 @@ class Generators:
             raise ActorLostError(f"generator {at} died {tries} times: {error}") from error
         self._say(f"generator {at} died and is made anew ({tries} of {TRIES})")
         self._actors[at] = self._make(self._seats[at])
-        _started([self._actors[at].identity.remote()])
+        started([self._actors[at].identity.remote()])
         if self._published is not None:
             self._ask(at, "load", self._published)
 
@@ -275,8 +291,8 @@ class Generators:
 class Learners:
     """`rlhf.protocols.Learner`: ranks that train one policy together."""
 
-    def __init__(self, seats: Sequence[Seat], roles: Roles, say: Say) -> None:
-        self._seats = seats
+    def __init__(self, seats: Seats, roles: Roles, say: Say) -> None:
+        self._seats = seats.of["learner"]
         self._roles = roles
         self._say = say
         self._restored: Path | None = None
@@ -398,12 +414,12 @@ class Learners:
             seat.make(LearnerActor, self._roles, rank, world, concurrency=2)
             for rank, seat in enumerate(self._seats)
         ]
-        (address, *_) = _started([rank.address.remote() for rank in self._ranks])
+        (address, *_) = started([rank.address.remote() for rank in self._ranks])
         for line in _agreed([rank.meet.remote(address) for rank in self._ranks]):
             say(line)
 
 
-def _started(references: Sequence[Any]) -> list[Any]:
+def started(references: Sequence[Any]) -> list[Any]:
     """First answers of new actors. Raises ActorLostError where they don't come in time."""
     try:
         return [ray.get(reference, timeout=START_S) for reference in references]
@@ -414,7 +430,7 @@ def _started(references: Sequence[Any]) -> list[Any]:
         ) from None
 
 
-def _answer(reference: Any) -> Any:
+def answered(reference: Any) -> Any:
     """What a call gave. Raises what it raised, or RayActorError where its actor died."""
     try:
         return ray.get(reference)
@@ -433,7 +449,7 @@ def _agreed(references: Sequence[Any]) -> Any:
     answers: list[Any] = []
     for reference in references:
         try:
-            answers.append(_answer(reference))
+            answers.append(answered(reference))
         except Exception as error:
             errors.append(error)
     lost = [error for error in errors if isinstance(error, RayActorError)]

@@ -113,10 +113,10 @@ def _identities(config: RunConfig | None) -> dict[tuple[str, str], JudgeIdentity
     if config is None:
         return {}
     from launch.judging import identities
-    from rollout.judges.panel import build
+    from rollout.judges.panel import InProcess, build
 
     models = [spec for spec in config.judges.panel if not isinstance(spec, VerifierSpec)]
-    return identities(build(models, "judges.panel", config.placement.device))
+    return identities(build(models, "judges.panel", InProcess(config.placement.device)))
 
 
 def _certify(

@@ -25,6 +25,7 @@ from rlhf.interrupts import Interrupts
 from rlhf.rounds import Round, RunStore
 from rlhf.sweep import Answers, Change, Point
 from rlhf.tracking import Trackers
+from rollout.judges.panel import InProcess
 
 
 def config_for(file: Path, folder: Path, points: Sequence[Point]) -> RunConfig:
@@ -61,7 +62,7 @@ def answers(
 
     config = _named(config, policies)
     plan = place_on(config, this_machine())
-    judging = Judging(config, plan.device)
+    judging = Judging(config, InProcess(plan.device))
     found = []
     with Interrupts(terminal.announce) as interrupts, RunStore.open(config) as store:
         judging.open(store.folder / "judges", terminal.say)

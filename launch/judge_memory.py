@@ -35,6 +35,7 @@ from launch.memory_parts import (
 from rlhf.config import RunConfig
 from rlhf.config_judges import EnsembleSpec, JudgeSpec, LlmSpec, RewardModelSpec
 from rlhf.errors import InputError
+from rollout.judges.panel import engine_key
 
 ROLE = "judge"
 SCORING: tuple[Phase, ...] = ("generate",)
@@ -95,8 +96,15 @@ def own_models(config: RunConfig) -> tuple[list[JudgeModel], list[str]]:
 
 
 def own_specs(config: RunConfig) -> list[LlmSpec | RewardModelSpec]:
-    """Judges whose models this run must load, members of ensembles too."""
-    return list(_own([*config.judges.panel, *config.judges.audit]))
+    """Judges whose models this run must load, members of ensembles too; one of those that share
+    an engine."""
+    found: list[LlmSpec | RewardModelSpec] = []
+    for judges in (config.judges.panel, config.judges.audit):
+        held: dict[str, LlmSpec | RewardModelSpec] = {}
+        for spec in _own(judges):
+            held.setdefault(engine_key(spec) if isinstance(spec, LlmSpec) else spec.name, spec)
+        found += held.values()
+    return found
 
 
 def _own(specs: Sequence[JudgeSpec]) -> Iterator[LlmSpec | RewardModelSpec]:

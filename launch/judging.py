@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
 
+from rlhf.answers import AT_ONCE
 from rlhf.canaries import Watch
 from rlhf.certificates import JudgeIdentity, Standing, require_certificates
 from rlhf.config import RunConfig
 from rlhf.files import make_folder, write_json
-from rlhf.protocols import Generator, Judge, ModelJudge
+from rlhf.protocols import Asked, Generator, Judge, ModelJudge
 from rlhf.protocols import Serving as ServingProtocol
-from rlhf.types import Completion, Prompt, scores_table
+from rlhf.types import Completion, Prompt, Score, scores_table
 from rlhf.verdict import STANDINGS
 from rollout.judges.cache import FILE, VerdictCache
 from rollout.judges.canaries import ask_anew, read_gold, watched
 from rollout.judges.identity import identity
-from rollout.judges.panel import build, check_abstentions, score_all, suspicious
+from rollout.judges.panel import (
+    Engines,
+    beside,
+    build,
+    check_abstentions,
+    checked,
+    score_all,
+    suspicious,
+)
 
 Items = Sequence[tuple[Prompt, Completion]]
 
@@ -28,15 +38,15 @@ Items = Sequence[tuple[Prompt, Completion]]
 class Judging:
     """Panel and audit judges together."""
 
-    def __init__(self, config: RunConfig, device: str) -> None:
-        """Build them, and see that those that train may.
+    def __init__(self, config: RunConfig, engines: Engines) -> None:
+        """Build them, and see that those that train may; `engines` hold their models.
 
         Raises InputError where a judge can't be had, or lacks a certificate that it needs.
         """
         self._cache = VerdictCache()
         self._cache_path = config.judges.cache
-        self._panel = build(config.judges.panel, "judges.panel", device, self._cache)
-        self._audit = build(config.judges.audit, "judges.audit", device, self._cache)
+        self._panel = build(config.judges.panel, "judges.panel", engines, self._cache)
+        self._audit = build(config.judges.audit, "judges.audit", engines, self._cache)
         self._limit = config.judges.max_abstention
         self._standings = require_certificates(config, identities(self._panel), datetime.now(UTC))
         self.watch = Watch(
@@ -47,6 +57,9 @@ class Judging:
         )
         """How the run watches them."""
         self._say: Callable[[str], None] = print
+        self._beside = ThreadPoolExecutor(
+            AT_ONCE * max(1, len([*self._panel, *self._audit])), thread_name_prefix="judge"
+        )
 
     @property
     def uncertified(self) -> list[Standing]:
@@ -73,9 +86,16 @@ class Judging:
             for line in judge.start(folder):
                 say(line)
 
-    def score(self, items: Items, audited: bool) -> pl.DataFrame:
-        """Scores of the panel; with `audited`, of the audit judges too."""
-        return scores_table(score_all([*self._panel, *(self._audit if audited else ())], items))
+    @property
+    def beside(self) -> bool:
+        """Whether some of the panel work by themselves, while this process does other things."""
+        return any(map(beside, self._panel))
+
+    def ask(self, items: Items, audited: bool) -> Asked:
+        """Ask the panel for scores; with `audited`, the audit judges too."""
+        judges = [*self._panel, *(self._audit if audited else ())]
+        asked = {j.name: self._beside.submit(j.score, items) for j in judges if beside(j)}
+        return _Asked(judges, items, asked)
 
     def check(self, scores: pl.DataFrame) -> None:
         """Tell what a stage's scores cost and which completions were suspicious.
@@ -93,7 +113,8 @@ class Judging:
             judge.sleep()
 
     def close(self) -> None:
-        """Free everything."""
+        """Free everything, once what is being asked is answered."""
+        self._beside.shutdown(cancel_futures=True)
         for judge in self._models:
             judge.close()
         self._cache.close()
@@ -101,6 +122,27 @@ class Judging:
     @property
     def _models(self) -> list[ModelJudge]:
         return [j for j in (*self._panel, *self._audit) if isinstance(j, ModelJudge)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """See `rlhf.protocols.Asked`."""
+
+    judges: Sequence[Judge]
+    items: Items
+    elsewhere: Mapping[str, Future[list[Score]]]
+    """Judge that works by itself -> its scores."""
+
+    @property
+    def waiting(self) -> list[Future[list[Score]]]:
+        return [found for found in self.elsewhere.values() if not found.done()]
+
+    def scores(self) -> pl.DataFrame:
+        return scores_table(checked(self.judges, self.items, map(self._of, self.judges)))
+
+    def _of(self, judge: Judge) -> list[Score]:
+        found = self.elsewhere.get(judge.name)
+        return judge.score(self.items) if found is None else found.result()
 
 
 class Sharing:

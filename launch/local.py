@@ -21,7 +21,7 @@ from rlhf.interrupts import Interrupts
 from rlhf.rounds import RunStore
 from rlhf.tracking import Trackers
 from rlhf.tracking import build as build_trackers
-from rollout.judges.panel import planned_calls
+from rollout.judges.panel import InProcess, planned_calls
 from rollout.prompts import Pools, load_pools, prompt_table, sample_round
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def run(config: RunConfig, team: Team | None = None, plan: Plan | None = None) -
     machine = this_machine()
     config = settle(config, machine)
     plan = plan or place_on(config, machine)
-    judging = Judging(config, plan.device)
+    team = team or Alone()
+    judging = Judging(config, team.engines(plan.device))
     trackers = Trackers(build_trackers(config.tracking), terminal.say)
     with (
         Interrupts(terminal.announce) as interrupts,
@@ -63,7 +64,7 @@ def run(config: RunConfig, team: Team | None = None, plan: Plan | None = None) -
         try:
             trackers.start(config.run.name, resolved(config), store.folder / "trackers")
             judging.open(store.folder / "judges", terminal.say)
-            wiring = Wiring(config, plan, store, judging, team or Alone())
+            wiring = Wiring(config, plan, store, judging, team)
             with wiring.parts(watchers) as parts:
                 from rlhf import online_dpo
 
@@ -104,7 +105,7 @@ def rehearse(config: RunConfig) -> str:
 
     Raises InputError where a run would, over-long prompts aside.
     """
-    judging = Judging(config, config.placement.device)
+    judging = Judging(config, InProcess(config.placement.device))
     build_trackers(config.tracking)
     pools = load_pools(config.prompts, config.run.seed, None)
     uncertified = [
@@ -155,7 +156,8 @@ class Wiring:
                 ),
                 gate=pools.gate,
                 final=pools.final,
-                score=judging.score,
+                ask=judging.ask,
+                judges_beside=judging.beside,
                 check_scores=judging.check,
                 watch=judging.watch,
                 prompt_table=prompt_table,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launch import cluster_fit, local
 from launch.cluster import Cluster
-from launch.judge_memory import own_specs
 from launch.layout import ACTOR_CPUS, Layout, Role
 from launch.machines import Machine, this_machine
 from launch.quiet import hush
@@ -19,11 +18,12 @@ from launch.roles import Roles, Say
 from rlhf.config import RunConfig
 from rlhf.errors import InputError
 from rlhf.protocols import Generator, Learner
+from rollout.judges.panel import Engines, InProcess
 
 if TYPE_CHECKING:
-    from launch.actors import Learners, Seat
+    from launch.actors import Learners, Seats
 
-ROLES: tuple[Role, ...] = ("learner", "generator")
+ROLES: tuple[Role, ...] = ("learner", "generator", "judge")
 RESERVE_S = 300.0
 """Seconds that a cluster has to give the actors their places."""
 
@@ -38,9 +38,9 @@ def train(config: RunConfig) -> int:
         planned = cluster_fit.plan_cluster(config, found)
         if (refused := cluster_fit.refusal(planned)) is not None:
             raise refused
-        _refuse(planned.config, planned.layout, planned.plan.device)
+        _refuse(planned.layout)
         with _seated(planned.layout) as seats:
-            team = _Actors(seats["learner"], seats["generator"])
+            team = _Actors(seats)
             try:
                 return local.train(planned.config, team, planned.plan)
             finally:
@@ -50,8 +50,8 @@ def train(config: RunConfig) -> int:
 class _Actors:
     """The team of `launch.local`: actors on their seats."""
 
-    def __init__(self, learners: Sequence[Seat], generators: Sequence[Seat]) -> None:
-        self._seats = learners, generators
+    def __init__(self, seats: Seats) -> None:
+        self._seats = seats
         self._say: Say = lambda _: None
         self._learners: Learners | None = None
 
@@ -60,14 +60,24 @@ class _Actors:
         from launch.actors import Learners
 
         self._say = say
-        self._learners = Learners(self._seats[0], roles, say)
+        self._learners = Learners(self._seats, roles, say)
         return self._learners
 
     def generator(self, roles: Roles, longest: int) -> Generator:
         """See `Team.generator`: one a seat."""
         from launch.actors import Generators
 
-        return Generators(self._seats[1], roles, longest, self._say)
+        return Generators(self._seats, roles, longest, self._say)
+
+    def engines(self, device: str) -> Engines:
+        """See `Team.engines`: each model in an actor of its own."""
+        from launch.judge_actors import JudgeActors
+
+        return JudgeActors(self._seats, InProcess(device), self._tell)
+
+    def _tell(self, text: str) -> None:
+        # Judges are built before anybody listens.
+        self._say(text)
 
     def close(self) -> None:
         """End the learner's ranks; the generators' end is the loop's."""
@@ -116,27 +126,22 @@ def _machine(node: dict[str, Any]) -> Machine:
     return replace(machine, gpus=min(machine.gpus, int(node["Resources"].get("GPU", 0))))
 
 
-def _refuse(config: RunConfig, layout: Layout, device: str) -> None:
+def _refuse(layout: Layout) -> None:
     """Raises InputError for what a plan may hold but actors can't do yet."""
     if layout.tensor_parallel > 1:
         raise InputError(
             f"placement.tensor_parallel {layout.tensor_parallel} can be planned but not yet run; "
             "use 1"
         )
-    if device == "cuda" and (specs := own_specs(config)):
-        raise InputError(
-            f"judge {specs[0].name} has a model of its own, and under placement.kind ray judges "
-            "are asked from the driver, which has no GPU; use an endpoint (backend openai)"
-        )
 
 
 @contextmanager
-def _seated(layout: Layout) -> Iterator[dict[Role, list[Seat]]]:
-    """Places for learner ranks and generators, reserved for the run's life."""
+def _seated(layout: Layout) -> Iterator[Seats]:
+    """Places for everybody, reserved for the run's life."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from launch.actors import Seat
+    from launch.actors import Seat, Seats
 
     made = [
         (group, placement_group(list(group.bundles), strategy=group.strategy))
@@ -156,13 +161,16 @@ def _seated(layout: Layout) -> Iterator[dict[Role, list[Seat]]]:
             for group, reserved in made
             for bundle, slot in enumerate(group.slots)
         }
-        yield {
+        seats = {
             role: [
                 Seat(*places[holder.slots[0]], ACTOR_CPUS, holder.fraction)
                 for holder in layout.of(role)
             ]
             for role in ROLES
         }
+        names = [holder.name for holder in layout.of("judge")]
+        judges = dict(zip(names, seats["judge"], strict=True))
+        yield Seats(seats, judges, layout.colocated)
     finally:
         for _, reserved in made:
             remove_placement_group(reserved)

@@ -14,6 +14,7 @@ from rlhf.config import RunConfig
 from rlhf.config_offline import Trains
 from rlhf.protocols import Generator
 from rollout.imports import resolve_path
+from rollout.judges.panel import Engines, InProcess
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,6 +112,10 @@ class Team(Protocol):
         """The generator that the loop calls; prompts have at most `longest` tokens."""
         ...
 
+    def engines(self, device: str) -> Engines:
+        """Where the models of judges are held."""
+        ...
+
 
 class Alone:
     """All of it in this process."""
@@ -122,6 +127,10 @@ class Alone:
     def generator(self, roles: Roles, longest: int) -> Generator:
         """See `Team.generator`."""
         return roles.generator(longest)
+
+    def engines(self, device: str) -> Engines:
+        """See `Team.engines`."""
+        return InProcess(device)
 
 
 def model_path(config: Trains) -> str:

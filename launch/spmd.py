@@ -17,10 +17,11 @@ A rank that dies closes its connections, so whoever waits for it hears of it at 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,18 +35,22 @@ from rlhf.group import Group
 from rlhf.interrupts import Interrupts, to_stderr
 from rlhf.protocols import Generator, Job, Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
+from rollout.judges.panel import Engines, InProcess
 
 if TYPE_CHECKING:
     import polars as pl
 
     from launch.placement import Plan
     from rlhf.config import RunConfig
+    from rlhf.config_judges import LlmSpec, RewardModelSpec
     from rlhf.config_offline import Trains
     from rlhf.learner import Learner
     from rlhf.policy import Policy
     from rlhf.protocols import OnStep
     from rlhf.sharding import Sharding
     from rlhf.types import Trained
+    from rollout.judges.backends import Backend
+    from rollout.judges.reward_engines import RewardEngine
 
 PATIENCE = timedelta(hours=24)
 """How long a rank waits for one that lives: rank 0 may ask slow judges for hours in between."""
@@ -312,15 +317,14 @@ class SharedGenerator:
         """See `Generator.generate`; by rank 0 alone."""
         return self._own.generate(prompts, sampling)
 
-    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, list[Completion]]]:
+    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, list[Completion]]]:
         """See `Pool.stream`: a job for each rank at a time."""
-        world = self._lead.group.world
-        for start in range(0, len(jobs), world):
-            part: list[Job | None] = [*jobs[start : start + world]]
-            part += [None] * (world - len(part))
-            for offset, drawn in enumerate(self._each("generate", part)):
-                if drawn is not None:
-                    yield start + offset, drawn
+        world, done, coming = self._lead.group.world, 0, iter(jobs)
+        while part := list(islice(coming, world)):
+            padded = [*part, *[None] * (world - len(part))]
+            for drawn in self._each("generate", padded)[: len(part)]:
+                yield done, drawn
+                done += 1
 
     def logps(self, completions: Sequence[Completion]) -> list[list[float]]:
         """See `Generator.logps`; by rank 0 alone."""
@@ -360,6 +364,27 @@ def _one_word(said: Sequence[Any]) -> Any:
     return next((word for word in said if word != said[0]), said[0])
 
 
+class _OfRankZero(InProcess):
+    """Judges' models in rank 0's process."""
+
+    def language(self, spec: LlmSpec, field: str) -> Backend:
+        """See `Engines.language`."""
+        raise _no_engine_for(field, "an endpoint (backend openai)")
+
+    def reward(self, spec: RewardModelSpec, field: str) -> RewardEngine:
+        """See `Engines.reward`."""
+        if spec.backend == "vllm":
+            raise _no_engine_for(field, "backend transformers")
+        return super().reward(spec, field)
+
+
+def _no_engine_for(field: str, instead: str) -> InputError:
+    return InputError(
+        f"{field}.backend is vllm, whose engine would wait for all ranks of placement.kind spmd "
+        f"where only rank 0 asks judges; use {instead}, or placement.kind ray"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Leading:
     """The team that `launch.local` wires on rank 0: all ranks."""
@@ -372,6 +397,10 @@ class Leading:
         own = roles.learner(say, lambda policy, _: shard(policy, roles.config, group))
         self.lead.listened_to()
         return SharedLearner(own, self.lead)
+
+    def engines(self, device: str) -> Engines:
+        """See `Team.engines`."""
+        return _OfRankZero(device)
 
     def generator(self, roles: Roles, longest: int) -> SharedGenerator:
         """See `Team.generator`: one a rank."""

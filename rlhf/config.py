@@ -46,6 +46,11 @@ class Rounds(Section):
     """One batch is online DPO, the whole pool (default) is iterative DPO."""
     reference: Literal["initial", "round_start"] = "initial"
     """`initial` is one leash for the whole run; `round_start` moves with the policy."""
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """Rounds that a completion's policy may lie behind the one that is trained. 0: strictly
+    on-policy. 1: generators with GPUs of their own (placement.colocate false) begin with the next
+    round's prompts while the learner trains, so neither waits; every completion keeps the version
+    that wrote it, and the report shows how many are behind."""
 
 
 class Evaluation(Section):
@@ -205,6 +210,14 @@ class RunConfig(Section):
             raise ValueError(
                 "rounds.reference round_start needs gates.max_kl: its leash moves with the policy, "
                 "so drift from the start must be bounded by a gate"
+            )
+        if self.rounds.max_staleness and (
+            self.placement.kind != "ray" or self.placement.colocate is not False
+        ):
+            raise ValueError(
+                "rounds.max_staleness 1 lets generators work while the learner trains, so they "
+                "need places of their own: placement.kind ray and colocate false, got kind "
+                f"{self.placement.kind} and colocate {self.placement.colocate}"
             )
         if not self.weights:
             raise ValueError(

@@ -38,15 +38,15 @@ def run(config: RunConfig, store: RunStore, parts: Parts) -> Outcome:
         round = store.round(index)
         prompts = parts.sample(index)
         do.keep(round, prompts)
-        completions = do.generate(round, "completions", prompts, version=index - 1)
-        do.watch_judges(round, completions)
-        scores = do.score(round, "scores", prompts, completions, audit=False)
+        do.watch_judges(round)
+        completions, scores = do.sample(round, prompts)
         if index == 1:
             do.check_cold_start(round, completions, scores)
         pairs = do.select(round, prompts, completions, scores)
         do.audit(round, prompts, completions, pairs)
         data = do.label(round, prompts, completions, scores) if do.trains_on_labels else pairs
-        do.train(round, data)
+        with do.ahead(index + 1):
+            do.train(round, data)
         do.evaluate(round, version=index)
         verdict = do.gate(round, best=do.best([0, *promoted]))
         parts.reporter.table(f"round {index}", round_rows(store, index))

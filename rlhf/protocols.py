@@ -5,7 +5,8 @@ Each has more than one implementation behind it; the loop knows only these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +95,9 @@ Job = tuple[Sequence[Prompt], Sampling]
 class Pool(Generator, Protocol):
     """Generators side by side that serve the same version."""
 
-    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, list[Completion]]]:
-        """What `generate` gives for each job, with the job's number, as they are finished."""
+    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, list[Completion]]]:
+        """What `generate` gives for each job, with the job's number, as they are finished. A job
+        is taken when a generator is free for it."""
         ...
 
     def all_logps(self, completions: Sequence[Completion]) -> list[list[list[float]]]:
@@ -103,7 +105,7 @@ class Pool(Generator, Protocol):
         ...
 
 
-def stream(generator: Generator, jobs: Sequence[Job]) -> Iterator[tuple[int, list[Completion]]]:
+def stream(generator: Generator, jobs: Iterable[Job]) -> Iterator[tuple[int, list[Completion]]]:
     """What `generate` gives for each job, with the job's number, as they are finished: from a pool
     side by side, else one after the other, each begun when it is asked for."""
     if isinstance(generator, Pool):
@@ -143,6 +145,19 @@ class ModelJudge(Judge, Protocol):
 
     def close(self) -> None:
         """Free everything."""
+        ...
+
+
+class Asked(Protocol):
+    """Scores that judges were asked for."""
+
+    @property
+    def waiting(self) -> Sequence[Future[Any]]:
+        """Answers of judges that work by themselves and are not there yet."""
+        ...
+
+    def scores(self) -> pl.DataFrame:
+        """All scores, once they are there; judges that work in this thread are asked now."""
         ...
 
 

@@ -9,7 +9,7 @@ command: at most the shard, table or folder under way is lost.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -136,35 +136,26 @@ class Round:
         part that is: it may raise to stop there, and nothing finished is lost. Returns the parts
         one below the other.
         """
-        return self.streamed(name, count, lambda missing: ((i, compute(i)) for i in missing), check)
+        parts = self.sharded(name, count)
+        for part in [*parts.missing]:
+            check()
+            parts.write(part, compute(part))
+        return parts.finish()
 
-    def streamed(
-        self,
-        name: str,
-        count: int,
-        compute: Callable[[Sequence[int]], Iterator[tuple[int, pl.DataFrame]]],
-        check: Callable[[], None] = lambda: None,
-    ) -> pl.DataFrame:
-        """`shards` for parts that are computed side by side.
-
-        `compute` is given the parts that are missing and yields each with its number, in any order:
-        what is stored does not depend on it.
-        """
+    def sharded(self, name: str, count: int) -> Shards:
+        """The parts of `shards`, for whoever computes them in another order or several at once."""
         assert count >= 1, f"{name} has no parts"
         path = self._target(name, "shards")
-        parts = [path / f"part-{i:05d}.parquet" for i in range(count)]
-        self._refuse_strangers(path, {part.name for part in parts})
+        files = [path / f"part-{i:05d}.parquet" for i in range(count)]
+        self._refuse_strangers(path, {file.name for file in files})
         if self.done(name):
             self._verify(name, "shards")
-        else:
-            missing = [i for i, part in enumerate(parts) if not part.exists()]
-            computed = compute(missing) if missing else iter(())
-            for _ in missing:
-                check()
-                i, table = next(computed)
-                write_parquet(table, parts[i])
-            self._finish(name, "shards")
-        return pl.concat([read_parquet(part) for part in parts], how="vertical", rechunk=True)
+
+        def finish() -> None:
+            if not self.done(name):
+                self._finish(name, "shards")
+
+        return Shards(files, finish)
 
     def stored(self, name: str) -> dict[str, Any]:
         """A record that is finished."""
@@ -254,6 +245,32 @@ def _checked(name: str) -> str:
     assert name == path.as_posix() and not path.is_absolute() and ".." not in path.parts, name
     assert name not in ("", ".", "manifest"), name
     return name
+
+
+class Shards:
+    """A table that is stored in parts, in any order. A part that exists is complete."""
+
+    def __init__(self, files: Sequence[Path], finish: Callable[[], None]) -> None:
+        self._files = files
+        self._finish = finish
+        self.missing = [i for i, file in enumerate(files) if not file.exists()]
+        """Numbers of the parts that are still to be computed, in order."""
+
+    def write(self, part: int, table: pl.DataFrame) -> None:
+        """Store a missing part."""
+        self.missing.remove(part)
+        write_parquet(table, self._files[part])
+
+    def read(self, part: int) -> pl.DataFrame:
+        """A part that exists."""
+        assert part not in self.missing, f"part {part} is read before it was stored"
+        return read_parquet(self._files[part])
+
+    def finish(self) -> pl.DataFrame:
+        """Record that all parts are there; they come back one below the other."""
+        assert not self.missing, f"parts {self.missing} are missing"
+        self._finish()
+        return pl.concat([read_parquet(f) for f in self._files], how="vertical", rechunk=True)
 
 
 class RunStore:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from threading import Event
 from typing import Any, NoReturn
 
-import numpy as np
 import polars as pl
 
+from rlhf.answers import Draw, Judged
 from rlhf.canaries import Items, Watch
 from rlhf.config import RunConfig
 from rlhf.errors import DataGateError
 from rlhf.interrupts import Interrupts
-from rlhf.protocols import Learner, Reporter, Sampling, Serving, stream
-from rlhf.rounds import Round, RunStore
+from rlhf.protocols import Asked, Learner, Reporter, Sampling, Serving, stream
+from rlhf.rounds import Round, RunStore, Shards
 from rlhf.selection import Rules
 from rlhf.tracking import Trackers, tracked_metrics
-from rlhf.types import Completion, Prompt, completions_of, completions_table
+from rlhf.types import Completion, Prompt, completions_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,10 @@ class Parts:
     """Training prompts of a round (from 1)."""
     gate: Sequence[Prompt]
     final: Sequence[Prompt]
-    score: Callable[[Items, bool], pl.DataFrame]
-    """Scores of the panel; with True, of the audit judges too."""
+    ask: Callable[[Items, bool], Asked]
+    """Asks the panel for scores; with True, the audit judges too."""
+    judges_beside: bool
+    """Whether judges work by themselves, while a generator or this process does other things."""
     check_scores: Callable[[pl.DataFrame], None]
     """Raises DataGateError where judges abstained too often."""
     watch: Watch
@@ -55,89 +60,125 @@ class StageBase:
         self.store = store
         self.parts = parts
         self.rules = Rules.of(config)
+        self._ahead: dict[tuple[int | None, str], dict[int, Asked]] = {}
         self._last_ended = time.perf_counter()
         self.metrics = tracked_metrics(store.folder / "metrics.jsonl", parts.trackers, self._show)
 
-    def generate(
+    def draw(
         self,
-        round: Round,
         name: str,
         prompts: Sequence[Prompt],
         version: int,
         sampling: Sampling | None = None,
-    ) -> pl.DataFrame:
-        """Completions of `prompts` from policy `version`, shard by shard."""
-        base = sampling or self.sampling(self.config.rollout.samples_per_prompt)
-        shards = self.shards(prompts)
+        audit: bool = False,
+    ) -> Draw:
+        """What `generate` and `answer` are told; by default sampled as in training."""
+        used = sampling or self.sampling(self.config.rollout.samples_per_prompt)
+        return Draw(name, self.shards(prompts), version, used, audit)
 
-        def compute(missing: Sequence[int]) -> Iterator[tuple[int, pl.DataFrame]]:
-            generator = self.parts.serving.at(version, self.policy(version))
-            # Every shard has a seed of its own, so that a resumed run draws what a whole one does.
-            seeds = [
-                np.random.SeedSequence((base.seed, version, _stage_key(name), shard))
-                for shard in missing
-            ]
-            jobs = [
-                (shards[shard], replace(base, seed=int(seed.generate_state(1)[0]) % 2**31))
-                for shard, seed in zip(missing, seeds, strict=True)
-            ]
-            done = len(shards) - len(missing)
-            for finished, (number, drawn) in enumerate(stream(generator, jobs), start=1):
-                shard = missing[number]
-                _check_drawn(shards[shard], drawn, base.samples, version)
-                advance(done + finished)
-                yield shard, completions_table(drawn)
+    def generate(self, round: Round, draw: Draw) -> pl.DataFrame:
+        """Completions, shard by shard."""
+        return self._generate(round, draw, round.sharded(draw.name, len(draw.shards)), None)
 
+    def answer(self, round: Round, draw: Draw) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """Completions and their scores, however many are abstentions. Where judges work by
+        themselves, a shard is judged while others are drawn."""
+        count = len(draw.shards)
+        completions, scores = round.sharded(draw.name, count), round.sharded(draw.scores, count)
+        ahead = self._ahead.pop((round.index, draw.name), {})
+        judged = Judged(draw, scores, self.parts.ask, ahead)
+        beside = judged if self.parts.judges_beside else None
+        drawn = self._generate(round, draw, completions, beside)
+        check = self.parts.interrupts.check
         with (
-            self.timed(round, name) as note,
-            self.parts.reporter.progress(f"{title(round)} {name}", len(shards)) as advance,
+            self.timed(round, draw.scores),
+            self.parts.reporter.progress(f"{title(round)} {draw.scores}", count) as advance,
         ):
-            table = round.streamed(name, len(shards), compute, self.parts.interrupts.check)
-            note["completions"] = table.height
-            note["tokens"] = int(table["token_ids"].list.len().sum())
-        return table
+            for number in [*scores.missing]:
+                check()
+                judged.offer(number, completions.read(number))
+                advance(count - len(scores.missing))
+            while judged.store_next():
+                advance(count - len(scores.missing))
+                check()
+            return drawn, scores.finish()
 
-    def score(
-        self,
-        round: Round,
-        name: str,
-        prompts: Sequence[Prompt],
-        completions: pl.DataFrame,
-        audit: bool,
-    ) -> pl.DataFrame:
-        """Scores of completions, shard by shard. Raises DataGateError on too many abstentions."""
-        table = self.scored(round, name, prompts, completions, audit)
+    def trusted(self, round: Round, draw: Draw) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """`answer`, for scores that something depends on. Raises DataGateError on too many
+        abstentions."""
+        completions, scores = self.answer(round, draw)
         try:
-            self.parts.check_scores(table)
+            self.parts.check_scores(scores)
         except DataGateError:
             # Once the judge is mended, the same command scores these answers again.
-            round.drop(name)
+            round.drop(draw.scores)
             raise
-        return table
+        return completions, scores
 
-    def scored(
-        self,
-        round: Round,
-        name: str,
-        prompts: Sequence[Prompt],
-        completions: pl.DataFrame,
-        audit: bool,
+    @contextmanager
+    def drawing_ahead(self, round: Round, draw: Draw) -> Iterator[None]:
+        """Within it generators and judges that work by themselves begin with `draw`; what they
+        have when it ends is kept."""
+        completions = round.sharded(draw.name, len(draw.shards))
+        wanted = [*completions.missing]
+        if not wanted:
+            yield
+            return
+        generator = self.parts.serving.at(draw.version, self.policy(draw.version))
+        ended = Event()
+        asked = self._ahead.setdefault((round.index, draw.name), {})
+
+        def work() -> None:
+            jobs = draw.jobs(takewhile(lambda _: not ended.is_set(), wanted))
+            for at, drawn in stream(generator, jobs):
+                table = _checked(draw, wanted[at], drawn)
+                completions.write(wanted[at], table)
+                if self.parts.judges_beside:
+                    items = draw.items(wanted[at], table)
+                    asked[wanted[at]] = self.parts.ask(items, draw.audit)
+
+        with ThreadPoolExecutor(1) as beside:
+            working = beside.submit(work)
+            try:
+                yield
+            finally:
+                ended.set()
+        working.result()
+        done = len(wanted) - len(completions.missing)
+        self.parts.reporter.say(f"{title(round)}: {done} of {len(wanted)} shards drawn ahead")
+
+    def _generate(
+        self, round: Round, draw: Draw, completions: Shards, judged: Judged | None
     ) -> pl.DataFrame:
-        """Scores of completions, shard by shard, however many are abstentions."""
-        shards = self.shards(prompts)
-
-        def compute(shard: int) -> pl.DataFrame:
-            known = {p.prompt_id: p for p in shards[shard]}
-            part = completions_of(completions.filter(pl.col("prompt_id").is_in(list(known))))
-            scores = self.parts.score([(known[c.prompt_id], c) for c in part], audit)
-            advance(shard + 1)
-            return scores
-
+        """Draw what is missing; `judged` is offered each shard."""
+        check = self.parts.interrupts.check
+        count, tokens = 0, 0
         with (
-            self.timed(round, name),
-            self.parts.reporter.progress(f"{title(round)} {name}", len(shards)) as advance,
+            self.timed(round, draw.name) as note,
+            self.parts.reporter.progress(
+                f"{title(round)} {draw.name}", len(draw.shards)
+            ) as advance,
         ):
-            return round.shards(name, len(shards), compute, self.parts.interrupts.check)
+            for number, drawn in self._missing(draw, [*completions.missing]):
+                completions.write(number, drawn)
+                advance(len(draw.shards) - len(completions.missing))
+                count += drawn.height
+                tokens += int(drawn["token_ids"].list.len().sum())
+                if judged is not None:
+                    judged.offer(number, drawn)
+                    judged.store_ready()
+                if completions.missing:
+                    check()
+            note.update(completions=count, tokens=tokens)
+            return completions.finish()
+
+    def _missing(self, draw: Draw, wanted: Sequence[int]) -> Iterator[tuple[int, pl.DataFrame]]:
+        if not wanted:
+            return
+        self.parts.interrupts.check()
+        generator = self.parts.serving.at(draw.version, self.policy(draw.version))
+        for at, drawn in stream(generator, draw.jobs(wanted)):
+            yield wanted[at], _checked(draw, wanted[at], drawn)
 
     def keep(self, round: Round, prompts: Sequence[Prompt]) -> None:
         """The prompts that a round's own completions answer, as a table for whoever reads them."""
@@ -190,17 +231,9 @@ class StageBase:
             self.metrics.log(round.index, name, 1, {**times, **note})
 
 
-def _check_drawn(
-    prompts: Sequence[Prompt], drawn: Sequence[Completion], samples: int, version: int
-) -> None:
-    """A generator answers each prompt, in order, from the version that was asked for."""
-    expected = [(p.prompt_id, s, version) for p in prompts for s in range(samples)]
-    found = [(c.prompt_id, c.sample, c.policy_version) for c in drawn]
-    assert found == expected, "the generator answered other prompts, samples or versions"
-
-
-def _stage_key(name: str) -> int:
-    return int.from_bytes(name.encode()[-8:], "big")
+def _checked(draw: Draw, number: int, drawn: Sequence[Completion]) -> pl.DataFrame:
+    draw.check(number, drawn)
+    return completions_table(drawn)
 
 
 def title(round: Round) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,37 @@ class Outcome:
 
 class Stages(WatchStages):
     """The loop's stages, each done once and timed."""
+
+    def sample(self, round: Round, prompts: Sequence[Prompt]) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """A round's completions and the panel's scores of them, from the version before it.
+
+        Answers of a version that lies further back than `rounds.max_staleness` allows are left out
+        of both. Raises DataGateError on too many abstentions.
+        """
+        assert round.index is not None
+        before = round.index - 1
+        completions, scores = self.trusted(round, self.draw("completions", prompts, before))
+        behind = before - pl.col("policy_version")
+        kept = completions.filter(behind <= self.config.rounds.max_staleness)
+        if stale := completions.height - kept.height:
+            self.parts.reporter.say(f"{title(round)}: {stale} completions are too old and left out")
+            scores = scores.join(
+                kept, on=["prompt_id", "sample"], how="semi", maintain_order="left"
+            )
+        return kept, scores
+
+    @contextmanager
+    def ahead(self, index: int) -> Iterator[None]:
+        """Within it generators begin with round `index`, where its answers may be of a policy that
+        lies a round behind."""
+        if not self.config.rounds.max_staleness or index > self.config.rounds.count:
+            yield
+            return
+        round, prompts = self.store.round(index), self.parts.sample(index)
+        self.keep(round, prompts)
+        self.watch_judges(round)
+        with self.drawing_ahead(round, self.draw("completions", prompts, index - 2)):
+            yield
 
     def check_cold_start(
         self, round: Round, completions: pl.DataFrame, scores: pl.DataFrame
@@ -199,7 +231,7 @@ class Stages(WatchStages):
         if version > 0 and not round.done("kl"):
             prompts = self.parts.gate[: self.config.evaluation.kl_prompts]
             fresh = Sampling(1, 1.0, 1.0, self.config.rollout.max_new_tokens, self.config.run.seed)
-            drawn = self.generate(round, "evaluation/fresh", prompts, version, fresh)
+            drawn = self.generate(round, self.draw("evaluation/fresh", prompts, version, fresh))
             with self.timed(round, "kl"):
                 round.record("kl", lambda: self._kl(drawn, version))
         found = round.record("evaluation", lambda: self._evaluation(round, version))
@@ -276,8 +308,8 @@ class Stages(WatchStages):
         self, round: Round, name: str, prompts: Sequence[Prompt], version: int
     ) -> pl.DataFrame:
         sampling = self.sampling(self.config.evaluation.samples_per_prompt)
-        drawn = self.generate(round, f"{name}/completions", prompts, version, sampling)
-        scores = self.score(round, f"{name}/scores", prompts, drawn, audit=True)
+        draw = self.draw(f"{name}/completions", prompts, version, sampling, audit=True)
+        _, scores = self.trusted(round, draw)
         audit = [judge.name for judge in self.config.judges.audit]
         about = self.parts.prompt_table(prompts)
         return round.table(
@@ -289,9 +321,9 @@ class Stages(WatchStages):
         if prompts:
             rollout, seed = self.config.rollout, self.config.run.seed
             greedy = Sampling(1, 0.0, 1.0, rollout.max_new_tokens, seed)
-            drawn = self.generate(round, "greedy/completions", prompts, version, greedy)
+            draw = self.draw("greedy/completions", prompts, version, greedy, audit=True)
             # For reading only, so abstentions stop nothing here.
-            self.scored(round, "greedy/scores", prompts, drawn, audit=True)
+            drawn, _ = self.answer(round, draw)
             if version > 0:
                 shown = prompts[: self.config.tracking.samples]
                 self.parts.trackers.table(

@@ -32,8 +32,9 @@ _GOLD = pl.Schema(
 class WatchStages(StageBase):
     """Stages that measure judges; nothing of what they store reaches a pair's scores."""
 
-    def watch_judges(self, round: Round, completions: pl.DataFrame) -> None:
-        """Ask every judge anew about the same answers as in the first round.
+    def watch_judges(self, round: Round) -> None:
+        """Ask every judge anew about the same answers as in the first round, whose answers are
+        drawn for that.
 
         Raises DataGateError where a judge that trains has drifted, InputError where the user's
         canaries are not those that the run began with.
@@ -45,7 +46,7 @@ class WatchStages(StageBase):
             # Once the judge is put back, the same command asks it again.
             round.drop("canaries/verdicts")
             round.drop("canaries")
-        sets = {"start": self._start_canaries(completions), "gold": self._gold_canaries()}
+        sets = {"start": self._start_canaries(), "gold": self._gold_canaries()}
 
         def ask(asking: int) -> pl.DataFrame:
             told = pl.concat(self._ask(name, items, asking) for name, items in sets.items())
@@ -119,14 +120,22 @@ class WatchStages(StageBase):
         }
         return certified, asked
 
-    def _start_canaries(self, completions: pl.DataFrame) -> Items:
-        """Of round 1's answers, whichever round asks; `completions` are of the round that does."""
-        count, first = self.config.judges.canaries.answers, self.store.round(1)
-        drawn = first.table(
-            "canaries/items", lambda: draw_answers(completions, count, self.config.run.seed)
+    def _start_canaries(self) -> Items:
+        """Of round 1's answers, whichever round asks."""
+        count, first, seed = (
+            self.config.judges.canaries.answers,
+            self.store.round(1),
+            self.config.run.seed,
         )
-        prompts = {p.prompt_id: p for p in self.parts.sample(1)}
-        return [(prompts[c.prompt_id], c) for c in completions_of(drawn)]
+        prompts = self.parts.sample(1)
+
+        def draw() -> pl.DataFrame:
+            completions = self.generate(first, self.draw("completions", prompts, 0))
+            return draw_answers(completions, count, seed)
+
+        known = {p.prompt_id: p for p in prompts}
+        drawn = first.table("canaries/items", draw)
+        return [(known[c.prompt_id], c) for c in completions_of(drawn)]
 
     def _gold_canaries(self) -> Items:
         return [(canary.prompt, canary.completion) for canary in self.parts.watch.gold]

@@ -27,6 +27,7 @@ from rlhf.certificates import (
 from rlhf.config import RunConfig
 from rlhf.config_calibration import Calibration, Thresholds
 from rlhf.errors import InputError
+from rollout.judges.panel import InProcess
 
 NOW = datetime(2026, 1, 10, 12, tzinfo=UTC)
 JUDGE = JudgeIdentity("house", "org/judge", "1f0c", "rubric-1")
@@ -286,10 +287,10 @@ calibration: {verdicts: verdicts.jsonl, gold: gold.jsonl, bootstrap: 200}
     )
     config = config_io.load([Path("run.yaml")])
     with pytest.raises(InputError, match="reader on correctness: missing"):
-        Judging(config, "cpu")
+        Judging(config, InProcess("cpu"))
     assert main(["judge", "calibrate", "run.yaml"]) == 0
     assert capsys.readouterr().out.count("certificate: ") == 2, "each dimension has its own rubric"
-    assert Judging(config, "cpu").uncertified == []
+    assert Judging(config, InProcess("cpu")).uncertified == []
     other = config_io.load([Path("run.yaml")], [("judges.panel.0.model", "org/other")])
     with pytest.raises(InputError, match="mismatched.*org/judge"):
-        Judging(other, "cpu")
+        Judging(other, InProcess("cpu"))

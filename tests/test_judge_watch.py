@@ -23,10 +23,11 @@ from test_llm_judge import prefers as prefers_by
 
 from launch.cli import main
 from launch.local import rehearse, train
+from rlhf.answers import Draw
 from rlhf.canaries import SAID, GoldAnswer, Items, Watch, WatchedJudge
 from rlhf.config import RunConfig
 from rlhf.errors import DataGateError, InputError
-from rlhf.rounds import RunStore
+from rlhf.rounds import Round, RunStore
 from rlhf.types import Completion, Prompt, Score, completions_table, pairs_schema, scores_table
 from rlhf.verdict import stamps
 from rlhf.watch_stages import WatchStages
@@ -153,6 +154,13 @@ class Judges:
         )
 
 
+class Watching(WatchStages):
+    """A watch over a run whose every answer is drawn."""
+
+    def generate(self, round: Round, draw: Draw) -> pl.DataFrame:
+        return DRAWN
+
+
 @contextmanager
 def stages(
     folder: Path, judges: Judges, **selection: Any
@@ -168,7 +176,7 @@ def stages(
     )  # fmt: skip
     made = config(values)
     with RunStore.open(made) as store:
-        yield WatchStages(made, store, parts), said
+        yield Watching(made, store, parts), said
 
 
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": f"Question {i}?"},)) for i in range(12)]
@@ -188,10 +196,10 @@ def test_a_round_that_was_asked_about_is_not_asked_about_again(tmp_path: Path) -
     judges = Judges(fair)
     for askings in (2, 2):
         with stages(tmp_path, judges) as (do, _):
-            do.watch_judges(do.store.round(1), DRAWN)
+            do.watch_judges(do.store.round(1))
         assert judges.askings == askings
     with stages(tmp_path, judges) as (do, said):
-        do.watch_judges(do.store.round(2), DRAWN)
+        do.watch_judges(do.store.round(2))
         assert do.retest_sd(do.store.round(2)) == ({}, {"style": 0.0})
     assert judges.askings == 4 and said == []
     lines = [
@@ -205,23 +213,23 @@ def test_killed_between_two_askings_it_asks_the_second_alone(tmp_path: Path) -> 
     judges = Judges(fair)
     judges.fails_at = 2
     with pytest.raises(KeyboardInterrupt), stages(tmp_path, judges) as (do, _):
-        do.watch_judges(do.store.round(1), DRAWN)
+        do.watch_judges(do.store.round(1))
     with stages(tmp_path, judges) as (do, _):
-        do.watch_judges(do.store.round(1), DRAWN)
+        do.watch_judges(do.store.round(1))
     assert judges.askings == 3
 
 
 def test_once_the_judge_is_put_back_the_same_command_asks_again_and_goes_on(tmp_path: Path) -> None:
     judges = Judges(fair)
     with stages(tmp_path, judges) as (do, _):
-        do.watch_judges(do.store.round(1), DRAWN)
+        do.watch_judges(do.store.round(1))
         judges.score = lambda text: 1 - fair(text)
         for asked in (4, 6):
             with pytest.raises(DataGateError, match="round 2: judges no longer score as they did"):
-                do.watch_judges(do.store.round(2), DRAWN)
+                do.watch_judges(do.store.round(2))
             assert judges.askings == asked
         judges.score = fair
-        do.watch_judges(do.store.round(2), DRAWN)
+        do.watch_judges(do.store.round(2))
         assert do.store.round(2).stored("canaries")["stops"] == []
 
 
@@ -229,7 +237,7 @@ def test_a_judge_as_random_as_ever_goes_on_with_a_warning(tmp_path: Path) -> Non
     rng = np.random.default_rng(0)
     with stages(tmp_path, Judges(lambda _: float(rng.uniform()))) as (do, said):
         for index in (1, 2, 3):
-            do.watch_judges(do.store.round(index), DRAWN)
+            do.watch_judges(do.store.round(index))
     assert said and all("asked again, its scores vary by" in line for line in said)
 
 
@@ -241,7 +249,7 @@ def test_gold_canaries_stay_as_the_run_began(tmp_path: Path) -> None:
     ]
     judges.watch = replace(judges.watch, gold=gold)
     with stages(tmp_path, judges) as (do, _):
-        do.watch_judges(do.store.round(1), DRAWN)
+        do.watch_judges(do.store.round(1))
         found = do.store.round(1).stored("canaries")
         assert found["answers"] == {"start": 24, "gold": 2}
         assert found["judges"][0]["figures"]["within_prompt_accuracy"]["n"] == 1
@@ -250,7 +258,7 @@ def test_gold_canaries_stay_as_the_run_began(tmp_path: Path) -> None:
         stages(tmp_path, judges) as (do, _),
         pytest.raises(InputError, match="must stay as it was"),
     ):
-        do.watch_judges(do.store.round(2), DRAWN)
+        do.watch_judges(do.store.round(2))
 
 
 def pairs_by(score: Callable[[str], float]) -> pl.DataFrame:

@@ -29,6 +29,7 @@ from rlhf.types import Score, scores_table
 from rlhf.verdict import uncertified_judges
 from rollout.judges.identity import identity
 from rollout.judges.llm import LlmJudge
+from rollout.judges.panel import InProcess
 
 
 def grade(text: str) -> int:
@@ -165,7 +166,9 @@ def test_a_certificate_for_just_this_judge_lets_it_train_unstamped(
 ) -> None:
     with ScriptedServer(script) as server:
         values = values_of(tmp_path, tiny_model, server.base_url)
-        (reader,) = (j for j in Judging(config(values), "cpu")._panel if isinstance(j, LlmJudge))
+        (reader,) = (
+            j for j in Judging(config(values), InProcess("cpu"))._panel if isinstance(j, LlmJudge)
+        )
         made = config(values)
         verdicts, gold = read_both(*write_gold(tmp_path))
         findings = calibrate(verdicts, gold, made.calibration, lambda d: Use.of(made, d))
@@ -175,7 +178,7 @@ def test_a_certificate_for_just_this_judge_lets_it_train_unstamped(
         assert named is not None
         write_certificate(registry, named, findings, "0" * 64, made.calibration, datetime.now(UTC))
         values["judges"]["uncertified"] = "refuse"
-        judging, said = Judging(config(values), "cpu"), list[str]()
+        judging, said = Judging(config(values), InProcess("cpu")), list[str]()
         assert judging.uncertified == []
         judging.open(tmp_path / "judges", said.append)
         assert said == []
@@ -183,14 +186,16 @@ def test_a_certificate_for_just_this_judge_lets_it_train_unstamped(
         assert uncertified_judges(run) == []
         values["judges"]["panel"][1]["rubrics"] = {"style": "helpfulness"}
         with pytest.raises(InputError, match="reader on style: mismatched: rubric_hash was"):
-            Judging(config(values), "cpu")
+            Judging(config(values), InProcess("cpu"))
 
 
 def test_suspicious_completions_are_counted_once_however_many_dimensions(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     with ScriptedServer(script) as server:
-        judging = Judging(config(values_of(tmp_path, tiny_model, server.base_url)), "cpu")
+        judging = Judging(
+            config(values_of(tmp_path, tiny_model, server.base_url)), InProcess("cpu")
+        )
         said: list[str] = []
         judging.open(tmp_path / "judges", said.append)
         said.clear()

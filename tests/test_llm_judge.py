@@ -32,6 +32,8 @@ Reply = Callable[[Call], Answer]
 class Stub:
     """A back end whose answers a function gives."""
 
+    beside = False
+
     def __init__(self, reply: Reply) -> None:
         self.reply = reply
         self.asked: list[Call] = []
@@ -528,11 +530,11 @@ def test_calls_are_counted_before_they_are_made() -> None:
 @pytest.mark.engine
 def test_a_real_engine_grades_within_the_schema(smollm2: str) -> None:
     settings = {"max_length": 2048, "memory_gib": 0.5, "max_concurrency": 8, "precision": "fp32"}
-    from rollout.judges.panel import build
+    from rollout.judges.panel import InProcess, build
 
     def built(**more: Any) -> LlmJudge:
         made = spec(model=smollm2, engine=settings, **more)
-        (found,) = build([made], "judges.panel", "cpu")
+        (found,) = build([made], "judges.panel", InProcess("cpu"))
         assert isinstance(found, LlmJudge)
         return found
 

@@ -32,7 +32,7 @@ from rlhf.errors import InputError
 from rlhf.protocols import ModelJudge
 from rlhf.types import Completion, Prompt, Score
 from rollout.judges.identity import identity
-from rollout.judges.panel import build, score_all
+from rollout.judges.panel import InProcess, build, score_all
 from rollout.judges.reward_model import Quantiles, RewardModelJudge, Sigmoid
 
 TEXTS = ("At nine.", "Never.", "We open at nine and close at six, every day but Sunday.", "", "?")
@@ -77,7 +77,7 @@ def spec(folder: Path, **settings: Any) -> RewardModelSpec:
 
 
 def judge(folder: Path, **settings: Any) -> RewardModelJudge:
-    (built,) = build([spec(folder, **settings)], "judges.panel", "cpu")
+    (built,) = build([spec(folder, **settings)], "judges.panel", InProcess("cpu"))
     assert isinstance(built, RewardModelJudge) and isinstance(built, ModelJudge)
     return built
 
@@ -317,7 +317,7 @@ def test_other_weights_in_the_same_folder_are_another_judge(
 )
 def test_what_is_not_there_is_said_before_anything_loads(settings: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        build([spec(Path("org/model"), **settings)], "judges.panel", "cpu")
+        build([spec(Path("org/model"), **settings)], "judges.panel", InProcess("cpu"))
     with pytest.raises(ValueError, match="calibration_set must be given with mapping quantiles"):
         spec(Path("unused"), mapping="quantiles")
 

@@ -29,6 +29,8 @@ ANSWER = Answer('{"reason": "so", "grade": 4}', (Token("4", {"4": -0.5, "3": -1.
 class Stub:
     """Counts what it is asked; fails, or stops, where it is told to."""
 
+    beside = False
+
     def __init__(self, answer: Answer = ANSWER, model: str = "org/judge") -> None:
         self.identity: Mapping[str, str] = {"backend": "stub", "model": model}
         self.answer = answer
@@ -203,6 +205,8 @@ def test_an_interruption_loses_no_answer(cache: VerdictCache) -> None:
 
 class _Engine:
     """Scores a text by its length, and counts the texts."""
+
+    beside = False
 
     def __init__(self) -> None:
         self.scored = 0

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any, NamedTuple
 
 from rlhf.errors import InputError
@@ -108,13 +109,20 @@ class VerdictCache:
         self._path: Path | None = None
         self._connection: sqlite3.Connection | None = None
         self._unread = False
+        self._turn = RLock()
 
     def open(self, path: Path) -> None:
         """Use this file, made where there is none. Raises InputError where it is none of ours."""
         make_folder(path.parent)
         self._path = path
         with self._told():
-            connection = sqlite3.connect(path, timeout=_SECONDS_FOR_A_LOCK, isolation_level=None)
+            connection = sqlite3.connect(
+                path,
+                timeout=_SECONDS_FOR_A_LOCK,
+                isolation_level=None,
+                # One thread at a time, by the lock.
+                check_same_thread=False,
+            )
             self._connection = connection
             # In this order: another process makes both at once, perhaps between the two.
             (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -201,16 +209,17 @@ class VerdictCache:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """SQLite's errors as ours; a transaction under way is undone."""
-        try:
-            yield
-        except (sqlite3.Error, zlib.error) as error:
-            if self._connection is not None and self._connection.in_transaction:
-                self._connection.rollback()
-            raise InputError(
-                f"the verdict cache {self._path} can't be used: {error}; free the disk or the "
-                "file, or remove it: its verdicts would be asked for again"
-            ) from error
+        """SQLite's errors as ours; a transaction under way is undone. One thread at a time."""
+        with self._turn:
+            try:
+                yield
+            except (sqlite3.Error, zlib.error) as error:
+                if self._connection is not None and self._connection.in_transaction:
+                    self._connection.rollback()
+                raise InputError(
+                    f"the verdict cache {self._path} can't be used: {error}; free the disk or the "
+                    "file, or remove it: its verdicts would be asked for again"
+                ) from error
 
 
 class CachedBackend:
@@ -222,6 +231,7 @@ class CachedBackend:
         """`weights` tells the model's weights apart (`weights_of`); nothing is cached where it
         gives None."""
         self.identity: Mapping[str, str] = inner.identity
+        self.beside = inner.beside
         self._inner = inner
         self._cache = cache
         self._judge = judge

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import polars as pl
 
@@ -27,32 +29,69 @@ from rollout.judges.llm import LlmJudge, calls
 from rollout.judges.recorded import RecordedJudge
 from rollout.judges.verifier import Verifier
 
+if TYPE_CHECKING:
+    from rollout.judges.reward_engines import RewardEngine
+
 _REASONS_SHOWN = 3
+
+
+class Engines(Protocol):
+    """Where the models of judges are held."""
+
+    def language(self, spec: LlmSpec, field: str) -> Backend:
+        """What answers for a language model of one's own. Raises InputError where it can't be
+        had."""
+        ...
+
+    def reward(self, spec: RewardModelSpec, field: str) -> RewardEngine:
+        """What computes a reward model's raw scores. Raises InputError where it can't be had."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class InProcess:
+    """In this process; `device` is auto, cpu or cuda."""
+
+    device: str = "auto"
+
+    def language(self, spec: LlmSpec, field: str) -> Backend:
+        """See `Engines.language`."""
+        from rollout.judges.backends.vllm import VllmBackend
+
+        return VllmBackend(spec, field, self.device)
+
+    def reward(self, spec: RewardModelSpec, field: str) -> RewardEngine:
+        """See `Engines.reward`."""
+        from rollout.judges.reward_engines import TransformersEngine, VllmEngine
+
+        if spec.backend == "vllm":
+            return VllmEngine(spec, field, self.device)
+        return TransformersEngine(spec, self.device)
 
 
 def build(
     specs: Sequence[JudgeSpec],
     field: str,
-    device: str = "auto",
+    engines: Engines | None = None,
     cache: VerdictCache | None = None,
 ) -> list[Judge]:
     """The judges of a configuration list (`field`: judges.panel or judges.audit), in its order.
 
-    `device` is auto, cpu or cuda; model judges ask `cache` first. No model is loaded and no
-    endpoint asked yet. Raises InputError where a judge can't be had: its function, file, rubric,
-    model or key.
+    Their own models are in this process, unless `engines` holds them elsewhere; model judges ask
+    `cache` first. No model is loaded and no endpoint asked yet. Raises InputError where a judge
+    can't be had: its function, file, rubric, model or key.
     """
-    builder = _Builder(device, cache or VerdictCache())
+    builder = _Builder(engines or InProcess(), cache or VerdictCache())
     return [builder.build(spec, f"{field}[{index}]") for index, spec in enumerate(specs)]
 
 
 class _Builder:
-    """Builds judges on one device, over one cache."""
+    """Builds judges over one cache."""
 
-    def __init__(self, device: str, cache: VerdictCache) -> None:
-        self._device = device
+    def __init__(self, engines: Engines, cache: VerdictCache) -> None:
+        self._engines = engines
         self._cache = cache
-        self._engines: dict[str, Backend] = {}
+        self._held: dict[str, Backend] = {}
 
     def build(self, spec: JudgeSpec, field: str) -> Judge:
         """One judge."""
@@ -69,7 +108,8 @@ class _Builder:
         if isinstance(spec, RewardModelSpec):
             from rollout.judges.reward_model import RewardModelJudge
 
-            return RewardModelJudge.of(spec, field, self._device, self._cache)
+            engine = self._engines.reward(spec, field)
+            return RewardModelJudge.of(spec, field, engine, self._cache)
         backend, weights = self._backend(spec, field)
         return LlmJudge.of(spec, field, CachedBackend(backend, self._cache, spec.name, weights))
 
@@ -79,13 +119,27 @@ class _Builder:
 
             # What a provider serves under a name can't be told apart; verdicts can be pruned.
             return OpenAiBackend(spec, field), lambda: "served by others"
-        from rollout.judges.backends.vllm import VllmBackend
-
         # Wordings of one model share its engine.
-        held = key_of(spec.model, spec.revision, spec.engine.model_dump(mode="json"))
-        if held not in self._engines:
-            self._engines[held] = VllmBackend(spec, field, self._device)
-        return self._engines[held], lambda: weights_of(spec.model, spec.revision)
+        held = engine_key(spec)
+        if held not in self._held:
+            self._held[held] = self._engines.language(spec, field)
+        return self._held[held], lambda: weights_of(spec.model, spec.revision)
+
+
+def engine_key(spec: LlmSpec) -> str:
+    """What judges that share an engine have in common."""
+    return key_of(spec.model, spec.revision, spec.engine.model_dump(mode="json"))
+
+
+def beside(judge: Judge) -> bool:
+    """Whether a judge's work is done elsewhere, so that this process need not wait for it."""
+    from rollout.judges.reward_model import RewardModelJudge
+
+    if isinstance(judge, Ensemble):
+        return all(map(beside, judge.members))
+    if isinstance(judge, LlmJudge):
+        return judge.backend.beside
+    return isinstance(judge, RewardModelJudge) and judge.beside
 
 
 def planned_calls(
@@ -153,7 +207,16 @@ def suspicious(scores: pl.DataFrame) -> list[str]:
 
 
 def score_all(judges: Sequence[Judge], items: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
-    """Every judge's scores, ordered by judge, then item, then dimension.
+    """Every judge's scores, ordered by judge, then item, then dimension; see `checked`."""
+    return checked(judges, items, (judge.score(items) for judge in judges))
+
+
+def checked(
+    judges: Sequence[Judge],
+    items: Sequence[tuple[Prompt, Completion]],
+    answers: Iterable[Sequence[Score]],
+) -> list[Score]:
+    """The answers of all judges, one below the other.
 
     Scores are never matched to completions by position alone: a judge whose answer does not name
     exactly the items and dimensions it was asked for, in that order, raises PairloopError.
@@ -161,8 +224,7 @@ def score_all(judges: Sequence[Judge], items: Sequence[tuple[Prompt, Completion]
     for prompt, completion in items:
         assert prompt.prompt_id == completion.prompt_id, (prompt.prompt_id, completion.prompt_id)
     scores: list[Score] = []
-    for judge in judges:
-        found = judge.score(items)
+    for judge, found in zip(judges, answers, strict=True):
         _check_answer(judge, items, found)
         scores.extend(found)
     return scores

@@ -29,6 +29,9 @@ _SMALLEST_VOCABULARY = 0.9
 class RewardEngine(Protocol):
     """Computes raw scores, fp32 on the outside. Deterministic for the same rows."""
 
+    beside: bool
+    """Whether the work is done elsewhere."""
+
     def load(self, checkpoint: Checkpoint) -> None:
         """Read the weights. Raises InputError where they are not all there."""
         ...
@@ -145,6 +148,8 @@ class TransformersEngine:
     A head in bf16 gives scores in steps of 1/32 at 5, and would tie what the model tells apart.
     """
 
+    beside = False
+
     def __init__(self, spec: RewardModelSpec, device: str) -> None:
         self._spec = spec
         self._device = device
@@ -224,6 +229,8 @@ class TransformersEngine:
 
 class VllmEngine:
     """vLLM's pooling runner in this process."""
+
+    beside = False
 
     def __init__(self, spec: RewardModelSpec, field: str, device: str) -> None:
         require_vllm(field, "transformers")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,8 +26,6 @@ from rollout.judges.cache import Entry, VerdictCache, key_of, weights_of
 from rollout.judges.reward_engines import (
     Checkpoint,
     RewardEngine,
-    TransformersEngine,
-    VllmEngine,
     check_probe,
     folder_of,
     read_checkpoint,
@@ -109,21 +108,24 @@ class RewardModelJudge:
         self._scales: tuple[Scale, ...] = ()
         self._count = 0
         self._beyond = 0
+        self._turn = Lock()
+
+    @property
+    def beside(self) -> bool:
+        """Whether its model works elsewhere; shards are scored one after the other."""
+        return self._engine.beside
 
     @classmethod
     def of(
-        cls, spec: RewardModelSpec, field: str, device: str, cache: VerdictCache
+        cls, spec: RewardModelSpec, field: str, engine: RewardEngine, cache: VerdictCache
     ) -> RewardModelJudge:
         """The judge that a configuration names; nothing is loaded yet. Raises InputError where
-        its folder, its calibration set or vLLM is not there."""
+        its folder or its calibration set is not there."""
         local = spec.model.startswith(("/", "./", "../", "~")) or spec.model.count("/") > 1
         if local and folder_of(spec.model) is None:
             raise InputError(f"{field}.model: there is no folder {spec.model}")
         if spec.calibration_set is not None and not Path(spec.calibration_set).is_file():
             raise InputError(f"{field}.calibration_set: there is no file {spec.calibration_set}")
-        engine: RewardEngine = TransformersEngine(spec, device)
-        if spec.backend == "vllm":
-            engine = VllmEngine(spec, field, device)
         return cls(spec, field, engine, cache)
 
     @cached_property
@@ -159,6 +161,10 @@ class RewardModelJudge:
 
     def score(self, items: Items) -> list[Score]:
         """One `Score` for every item and dimension, in that order."""
+        with self._turn:
+            return self._score(items)
+
+    def _score(self, items: Items) -> list[Score]:
         if self._checkpoint is None:
             self.start(None)
         rows = [self._row([*prompt.messages, _said(answer.text)]) for prompt, answer in items]

@@ -76,6 +76,8 @@ class Backend(Protocol):
 
     identity: Mapping[str, str]
     """All of it that can change a verdict: where it is, model, revision, precision."""
+    beside: bool
+    """Whether the work is done elsewhere, and `ask` may be called by several threads."""
 
     def start(self, record: Path | None, probe: Call) -> Answer | None:
         """Check what can be checked before anything is generated, and go on with the record of an

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config_judges import LlmSpec
@@ -51,6 +52,8 @@ class OpenAiBackend:
     """One model at one endpoint. `backoff` is the upper end, in seconds, of the first random wait;
     it doubles from try to try."""
 
+    beside = True
+
     def __init__(self, spec: LlmSpec, field: str, backoff: float = 1.0) -> None:
         self.identity: Mapping[str, str] = {
             "backend": "openai",
@@ -64,7 +67,9 @@ class OpenAiBackend:
         self._free_at = 0.0
         self._lost = 0
         self._answered = False
-        self._fatal: PairloopError | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._room = asyncio.Semaphore(spec.traffic.concurrency)
+        self._starting = Lock()
         variable = self._traffic.api_key_env
         if variable is not None and not os.environ.get(variable):
             raise InputError(
@@ -93,10 +98,14 @@ class OpenAiBackend:
     def ask(self, calls: Sequence[Call], keep: Keep | None = None) -> list[Answer]:
         """See `Backend.ask`. Raises InputError for a wrong key, address or model, Interrupted
         where the budget is spent or the endpoint is down."""
+        if not calls:
+            return []
+        asked = asyncio.run_coroutine_threadsafe(self._ask_all(calls, keep), self._running())
         try:
-            return asyncio.run(self._ask_all(calls, keep)) if calls else []
-        finally:
-            self.ledger.write()
+            return asked.result()
+        except BaseException:
+            asked.cancel()
+            raise
 
     def news(self) -> str | None:
         """See `Backend.news`."""
@@ -111,26 +120,45 @@ class OpenAiBackend:
         """Nothing is held between calls."""
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        """End the loop that calls are made in."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        """One loop for all who ask, from whatever thread: rate, room and ledger are shared."""
+        with self._starting:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._room = asyncio.Semaphore(self._traffic.concurrency)
+                Thread(target=self._loop.run_forever, name=self._spec.name, daemon=True).start()
+            return self._loop
 
     async def _ask_all(self, calls: Sequence[Call], keep: Keep | None) -> list[Answer]:
+        try:
+            return await self._answers(calls, keep)
+        finally:
+            self.ledger.write()
+
+    async def _answers(self, calls: Sequence[Call], keep: Keep | None) -> list[Answer]:
         from openai import AsyncOpenAI
 
         answers: list[Answer | None] = [None] * len(calls)
         waiting = iter(enumerate(calls))
-        self._fatal = None
+        fatal: list[PairloopError] = []
         variable = self._traffic.api_key_env
         key = "none" if variable is None else os.environ[variable]
 
         async def work(client: AsyncOpenAI) -> None:
             for index, call in waiting:
-                if self._fatal is not None:
+                if fatal:
                     return
                 try:
-                    answer = await self._answer(client, call)
+                    async with self._room:
+                        answer = await self._answer(client, call, fatal)
                 except PairloopError as error:
                     # The other workers finish what is under way, and start nothing more.
-                    self._fatal = self._fatal or error
+                    fatal.append(error)
                     return
                 answers[index] = answer
                 if keep is not None:
@@ -144,18 +172,21 @@ class OpenAiBackend:
         ) as client:
             workers = min(self._traffic.concurrency, len(calls))
             await asyncio.gather(*(work(client) for _ in range(workers)))
-        if self._fatal is not None:
-            raise self._fatal
+        if fatal:
+            raise fatal[0]
         assert all(answer is not None for answer in answers)
         return [answer for answer in answers if answer is not None]
 
-    async def _answer(self, client: AsyncOpenAI, call: Call) -> Answer:
-        """The answer, or why there is none after every try."""
+    async def _answer(
+        self, client: AsyncOpenAI, call: Call, fatal: Sequence[PairloopError]
+    ) -> Answer:
+        """The answer, or why there is none after every try; none is made once something is
+        `fatal`."""
         from tenacity import AsyncRetrying, retry_if_exception_type
 
         tries = AsyncRetrying(
             retry=retry_if_exception_type(_Passing),
-            stop=self._give_up,
+            stop=lambda state: bool(fatal) or state.attempt_number > self._traffic.max_retries,
             wait=self._wait,
             reraise=True,
         )
@@ -229,9 +260,6 @@ class OpenAiBackend:
         mine = max(self._free_at, now)
         self._free_at = mine + spacing
         await asyncio.sleep(mine - now)
-
-    def _give_up(self, state: RetryCallState) -> bool:
-        return self._fatal is not None or state.attempt_number > self._traffic.max_retries
 
     def _wait(self, state: RetryCallState) -> float:
         """Seconds to the next try."""

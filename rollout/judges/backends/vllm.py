@@ -23,6 +23,8 @@ _REASON_CHARACTERS = 400
 class VllmBackend:
     """One engine; `device` is auto, cpu or cuda."""
 
+    beside = False
+
     def __init__(self, spec: LlmSpec, field: str, device: str) -> None:
         require_vllm(field, "openai")
         self._spec = spec
