@@ -28,7 +28,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Empty, Queue
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from launch.layout import Role
 from launch.quiet import hush, hush_transformers
@@ -355,11 +358,13 @@ class Learners:
     ) -> Trained:
         """See `Learner.train`; a signal that the driver hears stops all ranks at the same step."""
         last = 0
-        asked = False
-        steps = Queue(actor_options={"num_cpus": 0})
+        # With the driver, whose end is the run's: a node that dies must not take it along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        steps = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
         def train() -> Trained:
-            nonlocal last, asked
+            nonlocal last
+            asked = False
             pending = [
                 rank.train.remote(table, reference, round_index, state, None if at else steps)
                 for at, rank in enumerate(self._ranks)

@@ -52,7 +52,7 @@ def run(config: RunConfig, store: RunStore, parts: Parts) -> Outcome:
         parts.reporter.table(f"round {index}", round_rows(store, index))
         parts.reporter.say(verdict["reason"])
         if not verdict["promoted"]:
-            outcome = do.stop(promoted, f"round {index}: {verdict['reason']}")
+            outcome = do.stop(round, promoted, f"round {index}: {verdict['reason']}")
             break
         promoted.append(index)
         store.status("running", best_round=do.best(promoted), promoted=promoted)

@@ -303,6 +303,11 @@ class RunStore:
         """Round `index`, in `rounds/0003/` for 3."""
         return self._round(self.folder / "rounds" / f"{index:04d}", index)
 
+    def drop(self, index: int) -> None:
+        """Remove a round that has begun and will not be."""
+        self._rounds.pop(f"{index:04d}", None)
+        remove(self.folder / "rounds" / f"{index:04d}")
+
     def final(self) -> Round:
         """The final claim, in `final/`: what a round offers, with no index."""
         return self._round(self.folder / "final", None)

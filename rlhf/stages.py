@@ -63,7 +63,8 @@ class Stages(WatchStages):
     def ahead(self, index: int) -> Iterator[None]:
         """Within it generators begin with round `index`, where its answers may be of a policy that
         lies a round behind."""
-        if not self.config.rounds.max_staleness or index > self.config.rounds.count:
+        last, trained = self.config.rounds.count, self.store.round(index - 1).done("policy")
+        if not self.config.rounds.max_staleness or index > last or trained:
             yield
             return
         round, prompts = self.store.round(index), self.parts.sample(index)
@@ -258,8 +259,11 @@ class Stages(WatchStages):
         """The round with the highest gate reward; the earliest of equals."""
         return max(among, key=lambda i: (self._reward(i), -i))
 
-    def stop(self, promoted: Sequence[int], reason: str) -> Outcome:
-        """A gate ended the run."""
+    def stop(self, round: Round, promoted: Sequence[int], reason: str) -> Outcome:
+        """A gate ended the run at `round`."""
+        assert round.index is not None
+        # What was drawn ahead of it is for nobody.
+        self.store.drop(round.index + 1)
         if not promoted:
             return Outcome("failed", f"no round could be promoted; {reason}", None, ())
         return Outcome("stopped_early", reason, self.best(promoted), tuple(promoted))

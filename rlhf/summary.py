@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from rlhf import judge_view, yield_analysis
+from rlhf import judge_view, staleness, yield_analysis
 from rlhf.config import RunConfig
 from rlhf.evaluation import AUDIT_PREFIX
 from rlhf.files import atomic_write
@@ -64,7 +64,7 @@ def write_summary(store: RunStore, config: RunConfig) -> None:
     if store.round(0).done("pools"):
         parts += ["## Prompts", _prompts(store.round(0).stored("pools"))]
     for index in rounds:
-        parts += [f"## Round {index}", _one_round(store, index)]
+        parts += [f"## Round {index}", _one_round(run, store, index)]
     parts += ["## Where things are", _places(status)]
     atomic_write(store.folder / "summary.md", ("\n\n".join(parts) + "\n").encode())
 
@@ -174,7 +174,7 @@ def _judges(run: RunView) -> str:
     return markdown_table(rows)
 
 
-def _one_round(store: RunStore, index: int) -> str:
+def _one_round(run: RunView, store: RunStore, index: int) -> str:
     gates = store.round(index).stored("gates")
     funnel = store.round(index).stored("funnel")
     gate_rows = [
@@ -207,7 +207,7 @@ def _one_round(store: RunStore, index: int) -> str:
         gates["reason"],
         markdown_table(gate_rows),
         *_watched(store, index),
-        "How completions became pairs:",
+        f"{_written_by(run, index)}How completions became pairs:",
         markdown_table(steps),
         f"Largest admissible margin kept {kept['largest_admissible']} pairs; best and worst, "
         f"then filter, would have kept {kept['best_and_worst_then_filter']}.",
@@ -219,6 +219,11 @@ def _one_round(store: RunStore, index: int) -> str:
         labels = store.round(index).stored("labels_funnel")
         parts += ["How completions became good and bad answers, which trained:", _labels(labels)]
     return "\n\n".join(parts)
+
+
+def _written_by(run: RunView, index: int) -> str:
+    found = staleness.behind(next(round for round in run.rounds if round.index == index))
+    return f"{staleness.said(found, run.config.rounds.max_staleness)} " if found else ""
 
 
 def _watched(store: RunStore, index: int) -> list[str]:

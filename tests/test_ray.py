@@ -1,4 +1,4 @@
-"""The loop on a real Ray cluster of two nodes: the golden run, and actors and a node that die."""
+"""The loop on a real Ray cluster of two nodes: the golden run, though actors die."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from golden_run import environment, finish, golden, observed, replay, start, wait_for, write_config
+from golden_run import finish, golden, observed, replay, start, wait_for, write_config
 from ray.cluster_utils import Cluster
+from ray_nodes import actors, cluster_of
 
 pytestmark = pytest.mark.engine
 
@@ -21,16 +21,8 @@ NODES = 2
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two raylets; an actor for learning and one for generating find place on each."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
-            patch.setenv(name, value)
-        nodes: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
-        found = Cluster(initialize_head=True, head_node_args={**nodes, "include_dashboard": False})
-        for _ in range(NODES - 1):
-            found.add_node(**nodes)
-        patch.setenv("RAY_ADDRESS", found.address)
+    with cluster_of(2, 2) as found:
         yield found
-        found.shutdown()  # type: ignore[no-untyped-call]
 
 
 def begin(folder: Path, model: Path) -> tuple[subprocess.Popen[str], Path]:
@@ -44,12 +36,6 @@ def assert_golden(run: Path) -> None:
     for index in ("1", "2"):
         assert found[index]["pairs"] == expected[index]["pairs"]
         assert found[index]["losses"] == pytest.approx(expected[index]["losses"], abs=1e-4)
-
-
-def actors(kind: str) -> list[psutil.Process]:
-    """Processes of the living actors of a class."""
-    named = f"ray::{kind}"
-    return [p for p in psutil.process_iter() if " ".join(p.cmdline()).startswith(named)]
 
 
 def kill_when(path: Path, kind: str, process: subprocess.Popen[str]) -> psutil.Process:

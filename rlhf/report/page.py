@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from rlhf import staleness
 from rlhf.report import charts, data
 from rlhf.report.data import Comparison, Dimension, Pairs, Point
 from rlhf.report.drawing import DOWN, INK, UP
@@ -27,6 +28,7 @@ from rlhf.report.tables import (
     time_row,
 )
 from rlhf.run_view import RunView
+from rlhf.staleness import said
 from rlhf.verdict import change, direction
 
 STAGES = {
@@ -238,12 +240,14 @@ def funnels(run: RunView) -> list[dict[str, Any]]:
     for round in run.rounds:
         funnel = round.record("funnel")
         if funnel is not None:
+            behind = staleness.behind(round)
             unusable = {d: sum(counts.values()) for d, counts in funnel["unusable_scores"].items()}
             found.append(
                 {
                     "round": round.index,
                     "steps": _funnel_steps(funnel),
                     "yield": funnel["yield"],
+                    "written_by": said(behind, run.config.rounds.max_staleness) if behind else "",
                     "abstained": {d: count for d, count in unusable.items() if count},
                     "explained": explained(funnel, round.record("selection")),
                 }

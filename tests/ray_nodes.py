@@ -1,0 +1,35 @@
+"""A Ray cluster of this machine's own: raylets that share its two cores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import pytest
+from golden_run import environment
+from ray.cluster_utils import Cluster
+
+
+@contextmanager
+def cluster_of(*cpus: int) -> Iterator[Cluster]:
+    """A raylet for each number of CPUs that it pretends to have, the head first; runs that are
+    started within find it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        memory: dict[str, Any] = {"object_store_memory": 100 * 2**20}
+        head: dict[str, Any] = {"num_cpus": cpus[0], "include_dashboard": False, **memory}
+        found = Cluster(initialize_head=True, head_node_args=head)
+        for count in cpus[1:]:
+            found.add_node(num_cpus=count, **memory)
+        patch.setenv("RAY_ADDRESS", found.address)
+        yield found
+        found.shutdown()  # type: ignore[no-untyped-call]
+
+
+def actors(kind: str) -> list[psutil.Process]:
+    """Processes of the living actors of a class."""
+    named = f"ray::{kind}"
+    return [p for p in psutil.process_iter() if " ".join(p.cmdline()).startswith(named)]
