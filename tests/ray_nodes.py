@@ -32,4 +32,6 @@ def cluster_of(*cpus: int) -> Iterator[Cluster]:
 def actors(kind: str) -> list[psutil.Process]:
     """Processes of the living actors of a class."""
     named = f"ray::{kind}"
-    return [p for p in psutil.process_iter() if " ".join(p.cmdline()).startswith(named)]
+    listed = psutil.process_iter(["cmdline"])
+    # Of one that ends meanwhile there is no command line.
+    return [p for p in listed if " ".join(p.info["cmdline"] or ()).startswith(named)]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from email.utils import formatdate
 from functools import partial
@@ -96,6 +97,31 @@ def test_every_answer_gets_its_own_verdict_whatever_the_order_they_come_in() -> 
     assert [s.reason for s in found] == [f"no {n}" for n in range(40)]
     assert len(server.requests) == backend.ledger.calls == 40
     assert 1 < server.most_at_once <= 5
+
+
+def test_threads_share_the_room_of_one_endpoint() -> None:
+    with ScriptedServer(by_answer) as server:
+        built, backend = judge(server.base_url, traffic={"concurrency": 3})
+        with ThreadPoolExecutor(4) as threads:
+            shards = list(threads.map(lambda _: values(built.score(items(10))), range(4)))
+    assert shards == [expected(10)] * 4
+    assert len(server.requests) == backend.ledger.calls == 40
+    assert 1 < server.most_at_once <= 3
+
+
+def test_a_failure_that_stops_one_thread_leaves_anothers_answers_whole() -> None:
+    def script(request: Request) -> Reply:
+        return refuse(401) if "bad" in str(request.body["messages"]) else by_answer(request)
+
+    good = items(20)
+    prompt, completion = good[0]
+    bad = [(prompt, replace(completion, text="bad 0"))]
+    with ScriptedServer(script) as server, ThreadPoolExecutor(2) as threads:
+        built, _ = judge(server.base_url, traffic={"concurrency": 2})
+        whole, broken = threads.submit(built.score, good), threads.submit(built.score, bad)
+        assert values(whole.result(30)) == expected(20)
+        with pytest.raises(InputError, match="refused; check the key"):
+            broken.result(30)
 
 
 def test_what_is_sent_is_temperature_0_a_schema_and_no_secret_in_the_body() -> None:

@@ -16,11 +16,13 @@ import yaml
 from golden_run import ROOT, finish, golden, observed, replay, start, wait_for, write_config
 
 from launch.placement import launched
-from launch.spmd import join, with_launchers_zero
+from launch.spmd import Lead, Leading, Met, join, with_launchers_zero
 from rlhf.config import RunConfig
 from rlhf.config_io import load
+from rlhf.config_judges import LlmSpec, RewardModelSpec
 from rlhf.errors import InputError
 from rlhf.files import read_json
+from rlhf.group import Group
 
 ACCELERATE = ROOT / "configs" / "accelerate"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -188,6 +190,19 @@ def test_spmd_without_a_launcher_says_how_to_start_it(monkeypatch: pytest.Monkey
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match=r"RANK is not set: accelerate launch .*torchrun"):
         join("cpu")
+
+
+def test_a_judges_vllm_engine_is_refused_where_only_rank_0_would_start_it() -> None:
+    group = Group(0, 2, None)
+    engines = Leading(Lead(Met(group, None))).engines("cpu")
+    reader = LlmSpec(kind="llm", name="reader", dimensions=["style"], model="org/m")
+    with pytest.raises(InputError, match=r"judges.panel\[0\].backend is vllm, whose engine would"):
+        engines.language(reader, "judges.panel[0]")
+    liking = RewardModelSpec(
+        kind="reward_model", name="rm", dimensions=["style"], model="org/m", backend="vllm"
+    )
+    with pytest.raises(InputError, match="use backend transformers, or placement.kind ray"):
+        engines.reward(liking, "judges.panel[1]")
 
 
 @pytest.mark.parametrize("file", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.stem)
