@@ -238,6 +238,20 @@ def test_scores_that_were_there_are_stored_before_a_stop(
     assert all(one.equals(other) for one, other in zip(found, expected, strict=True))
 
 
+def test_a_shard_that_was_drawn_before_is_judged_with_the_others(
+    tmp_path: Path, expected: tuple[pl.DataFrame, pl.DataFrame]
+) -> None:
+    judges = Elsewhere()
+    with stages(tmp_path, Generators(), judges) as (do, _):
+        first = do.draw("completions", PROMPTS, 0).shards[0]
+        shards = do.store.round(1).sharded("completions", 6)
+        shards.write(0, completions_table(drawn(first, 0)))
+        with answering(judges, ["p6", "p4", "p0", "p2", "p8", "p10"], 0.2):
+            found = do.sample(do.store.round(1), PROMPTS)
+    assert sorted(judges.asked) == sorted(SHARDS)
+    assert all(one.equals(other) for one, other in zip(found, expected, strict=True))
+
+
 def test_a_round_that_was_begun_ahead_goes_on_with_the_newer_version(tmp_path: Path) -> None:
     judges, two_drawn, trained = Ready(), threading.Event(), threading.Event()
 
