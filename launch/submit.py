@@ -49,3 +49,46 @@ def slurm(
     rehearse(loaded)
     print(text if dry_run else submit(loaded, text), end="")
     return 0
+
+
+@app.command
+def ray(
+    config: Path,
+    /,
+    *more: Path,
+    address: str | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    overrides: Annotated[tuple[tuple[str, str], ...], Parameter(parse=False)] = (),
+) -> int:
+    """Check a config, and submit its run as a job of a Ray cluster.
+
+    The job has a copy of the working directory, without the run's own; pairloop is what the cluster
+    has installed. run.directory must be an absolute path that all nodes see. A job that was stopped
+    goes on when it is submitted again.
+
+    Parameters
+    ----------
+    config
+        YAML file.
+    more
+        Further YAML files; later ones win, key by key.
+    address
+        The cluster's job server, as http://HEAD:8265; default RAY_API_SERVER_ADDRESS, RAY_ADDRESS.
+    dry_run
+        Print the command of Ray's own that does the same, and stop.
+    """
+    from launch import ray_jobs
+    from launch.local import rehearse
+    from rlhf import config_io
+
+    paths = (config, *more)
+    loaded = config_io.load(paths, overrides)
+    settings = [f"--{key}={value}" for key, value in overrides]
+    words = ray_jobs.entrypoint(loaded, paths, settings)
+    rehearse(loaded)
+    runtime = ray_jobs.environment(loaded)
+    if dry_run:
+        print(ray_jobs.command(address, runtime, words), end="")
+    else:
+        print(ray_jobs.submit(loaded, address, runtime, words), end="")
+    return 0
