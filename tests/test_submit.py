@@ -129,7 +129,6 @@ def test_the_script_as_it_lies_there_is_one_that_bash_reads_and_a_person_can_sub
         (["--ranks-per-node", "-1"], "--ranks-per-node must be at least 1"),
         (["--notice", "0"], "--notice must be 1 to 65535 seconds"),
         (["--nodes", "2", "--placement.kind", "local"], "placement.kind is local, one process"),
-        (["--placement.kind", "ray"], "placement.kind is ray"),
         (["--prompts.train.path", "gone.jsonl"], "gone.jsonl"),
         (["--learner.epoch", "3"], "learner.epoch"),
     ],
