@@ -118,7 +118,7 @@ def test_a_job_is_stopped_in_training_and_a_second_one_ends_with_the_golden_pair
     first = run / "rounds/0001/trainer/checkpoints/000001"
     url = f"{SERVER}/api/jobs/{job}/stop"
     assert user.runs(sys.executable, "-c", STOP, str(first), url) == "200\n"
-    until(lambda: "STOPPED" in user.job("status", job), DEADLINE, "the job is stopped")
+    until(lambda: "was stopped" in user.job("status", job), DEADLINE, "the job is stopped")
     log = user.job("logs", job)
     assert "stopped at a safe point by SIGTERM" in log
     assert "will kill this run" not in log
