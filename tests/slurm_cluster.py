@@ -54,7 +54,7 @@ class Cluster:
             env={**os.environ, **more, **variables(self._folder)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.engine
 
 HEAD = NODES["n1"]
 SERVER = f"http://{HEAD}:8265"
-DEADLINE = 400.0
+DEADLINE = 600.0
 TOKENS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN")
 
 # What `ray job stop` asks for, at once: its own start takes longer than the training.

@@ -18,7 +18,7 @@ from test_offline import write_pairs
 
 pytestmark = pytest.mark.engine
 
-DEADLINE = 400.0
+DEADLINE = 600.0
 TESTS = Path(__file__).parent
 
 
