@@ -137,6 +137,7 @@ def sweep(
     /,
     *more: Path,
     held_out: Path | None = None,
+    point: int | None = None,
     plain: Annotated[bool, Flag] = False,
     overrides: Overrides = (),
 ) -> int:
@@ -153,6 +154,8 @@ def sweep(
         Further YAML files; later ones win, key by key.
     held_out
         Config of a run on the same model: every point answers its gate prompts, its judges score.
+    point
+        Train that one alone, counted from 1 in the order of the grid, and make no table.
     plain
         Plain lines, no progress bars: --tracking.plain true.
     """
@@ -161,7 +164,7 @@ def sweep(
     folder, points = grid([config, *more], _with_plain(plain, overrides))
     from launch.sweep import sweep as run
 
-    return run(folder, points, held_out)
+    return run(folder, points, held_out, point)
 
 
 @app.command

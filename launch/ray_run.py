@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from launch import cluster_fit, local
+from launch import cluster_fit, local, ray_jobs
 from launch.cluster import Cluster
 from launch.layout import ACTOR_CPUS, Layout, Role
 from launch.machines import Machine, this_machine
@@ -34,6 +34,7 @@ def train(config: RunConfig) -> int:
     Raises PairloopError as `launch.local.run` does, and InputError where the cluster can't hold it.
     """
     hush()
+    ray_jobs.check_inside(config)
     with _joined() as found:
         planned = cluster_fit.plan_cluster(config, found)
         if (refused := cluster_fit.refusal(planned)) is not None:
@@ -87,7 +88,10 @@ class _Actors:
 
 @contextmanager
 def _joined() -> Iterator[Cluster]:
-    """The cluster of a submitted job or of RAY_ADDRESS, else one on this machine's loopback."""
+    """The cluster of a submitted job or of RAY_ADDRESS, else one on this machine's loopback.
+
+    Raises InputError where there is no Ray, or nothing at RAY_ADDRESS that lets this process in.
+    """
     try:
         address = os.environ.get("RAY_ADDRESS")
         if address is None:
@@ -102,7 +106,13 @@ def _joined() -> Iterator[Cluster]:
     if address is None:
         ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False)
     else:
-        ray.init(address=address, log_to_driver=False)
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (OSError, ValueError, ray.exceptions.RayError) as error:
+            raise InputError(
+                f"RAY_ADDRESS {address} must be a Ray cluster that this process may join: {error}; "
+                "unset it to run on this machine alone"
+            ) from error
     try:
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         machines = tuple(_machine(node) for node in nodes if node["Alive"])

@@ -17,17 +17,20 @@ from launch.placement import device_of, settle
 from launch.quiet import hush
 from launch.terminal import Terminal
 from rlhf.config import RunConfig
-from rlhf.errors import Interrupted, PairloopError
+from rlhf.errors import InputError, Interrupted, PairloopError
 from rlhf.files import atomic_write, read_json, write_json
 from rlhf.rounds import RunStore
 from rlhf.sweep import Outcome, Point, answer_rows, outcome, rows
 
 
-def sweep(folder: Path, points: Sequence[Point], held_out: Path | None = None) -> int:
+def sweep(
+    folder: Path, points: Sequence[Point], held_out: Path | None = None, only: int | None = None
+) -> int:
     """Train what isn't done, then write `sweep.json`, `sweep.csv` and `sweep.html` in `folder`.
 
     `held_out` is a run's config, whose gate prompts every point answers and whose judges score
-    them. The exit status: 0, or that of the first point that failed. Raises InputError before
+    them. `only` that point, by its number from 1, is trained, and nothing written about them all.
+    The exit status: 0, or that of the first point that failed. Raises InputError before
     anything is trained where a point would, Interrupted at a safe point after a signal; the same
     command goes on.
     """
@@ -42,6 +45,11 @@ def sweep(folder: Path, points: Sequence[Point], held_out: Path | None = None) -
     judged = None if held_out is None else config_for(held_out, folder, points)
     if judged is not None:
         rehearse_run(judged)
+    if only is not None:
+        if not 1 <= only <= len(points):
+            raise InputError(f"--point must be 1 to {len(points)}, as there are points, got {only}")
+        _trained(points[only - 1], terminal)
+        return 0
     outcomes, status = [], 0
     for number, point in enumerate(points, start=1):
         said = ", ".join(f"{key} {value}" for key, value in point.settings.items())

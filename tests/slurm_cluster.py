@@ -1,7 +1,6 @@
-"""A real Slurm of two nodes on this machine: each a network, a PID and a host name of its own.
+"""A real Slurm of two nodes on this machine (`nodes.py`).
 
-It needs root and Debian's packages `slurm-wlm`, `munge` and `iproute2`; it leaves nothing running,
-since a node lives no longer than the pipe to its first process.
+It needs root and Debian's packages `slurm-wlm`, `munge` and `iproute2`.
 """
 
 from __future__ import annotations
@@ -10,14 +9,13 @@ import os
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from nodes import NODES, at, connect, inside, node, search_path, until
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "unshare", "nsenter")
-NODES = {"n1": "10.99.0.1", "n2": "10.99.0.2"}
-POLL = 0.1
 
 # CPUs are claimed, not looked for: what a node has is this machine's whole.
 CONF = """
@@ -51,14 +49,12 @@ class Cluster:
 
     def run(self, *command: str, cwd: Path | None = None, **more: str) -> str:
         """What a command prints on the first node, with `more` variables in its environment."""
-        # Entering leads to the node's root.
-        there = ["sh", "-c", 'cd "$0" && exec "$@"', str(cwd or self._folder)]
         done = subprocess.run(
-            [*inside(self._first), *there, *command],
+            [*at(self._first, cwd or self._folder), *command],
             env={**os.environ, **more, **variables(self._folder)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
@@ -88,22 +84,11 @@ class Cluster:
         return "\n".join(f"{file.name}\n{file.read_text()[-3000:]}" for file in files)
 
 
-def until(holds: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait for a condition; AssertionError where it does not hold in time."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
-        time.sleep(POLL)
-
-
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
     """The cluster, with its files in `folder`, until the block ends."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=search_path()) is None]
     assert not missing, f"no {missing}: apt-get install slurm-wlm munge iproute2"
-    assert os.geteuid() == 0, "nodes of their own take root"
-    hosts = "".join(f"{address} {name}\n" for name, address in NODES.items())
-    (folder / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
     (folder / "slurm.conf").write_text(CONF.format(folder=folder))
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
@@ -129,46 +114,6 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 
 @contextmanager
-def node(name: str, folder: Path) -> Iterator[int]:
-    """The first process of a node, whose network is a loopback; all in it ends with the block."""
-    script = (
-        f"mount --bind {folder}/hosts /etc/hosts && hostname {name} && ip link set lo up "
-        "&& echo $$ && cat && true"
-    )
-    new = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child"]
-    with subprocess.Popen(
-        [*new, "--mount-proc", "sh", "-c", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PATH": search_path()},
-    ) as process:
-        assert process.stdin
-        assert process.stdout
-        try:
-            assert process.stdout.readline() == "1\n"
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            yield int(children.read_text())
-        finally:
-            process.stdin.close()
-            process.wait(timeout=30)
-
-
-def connect(first: int, second: int) -> None:
-    """A cable between two nodes."""
-    make = ["ip", "link", "add", "wire1", "type", "veth", "peer", "name", "wire2"]
-    commands = [(first, [*make, "netns", str(second)])]
-    ends = zip((first, second), ("wire1", "wire2"), NODES.values(), strict=True)
-    for process, wire, address in ends:
-        commands.append((process, ["ip", "addr", "add", f"{address}/24", "dev", wire]))
-        commands.append((process, ["ip", "link", "set", wire, "up"]))
-    for process, command in commands:
-        # In the network alone: the other node's first process has no number inside this one.
-        entered = ["nsenter", f"--target={process}", "--net", *command]
-        subprocess.run(entered, check=True, env={**os.environ, "PATH": search_path()})
-
-
-@contextmanager
 def daemon(command: list[str], folder: Path, name: str) -> Iterator[None]:
     """A process that runs as long as the block, and writes its log into the folder."""
     with (folder / f"{name}.log").open("w") as log:
@@ -189,16 +134,6 @@ def daemon(command: list[str], folder: Path, name: str) -> Iterator[None]:
                 process.wait(timeout=20)
 
 
-def inside(process: int) -> list[str]:
-    """The words before a command that runs it on the node of that first process."""
-    return ["nsenter", f"--target={process}", "--net", "--uts", "--mount", "--pid"]
-
-
 def variables(folder: Path) -> dict[str, str]:
     """Where clients and daemons find the cluster."""
     return {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": search_path()}
-
-
-def search_path() -> str:
-    """The path, with what is root's alone."""
-    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"

@@ -131,6 +131,8 @@ SHOWS = {
     "pairloop report runs/demo": "runs/demo/report.html",
     "pairloop submit slurm run.yaml --nodes 2 --ranks-per-node 8 --dry-run": "ntasks-per-node=8",
     "pairloop submit slurm run.yaml --nodes 2 --ranks-per-node 8": "#SBATCH --nodes=2",
+    "pairloop submit slurm --sweep run.yaml --objective.beta 0.05,0.1,0.2,0.5": "--point",
+    "pairloop submit ray run.yaml --address http://HEAD:8265": "-- pairloop train run.yaml",
     "pairloop doctor": "checks: ",
     "pairloop doctor run.yaml": "checks: ",
     "pairloop dpo run.yaml": "runs/offline/stats.json",
@@ -158,6 +160,13 @@ def own_run(folder: Path) -> None:
     (folder / "my_checks.py").write_text(blocks("python")[0] + "\n\noverlap = verify\n")
     for split in ("train", "gate", "final"):
         (folder / f"{split}.jsonl").write_text(RECORD % (split, split))
+
+
+def on_ray(folder: Path) -> None:
+    """As `own_run`, for a job of a Ray cluster."""
+    own_run(folder)
+    with (folder / "run.yaml").open("a") as file:
+        file.write("placement: {kind: ray}\nrun: {directory: /shared/runs}\n")
 
 
 def judged(folder: Path) -> None:
@@ -259,6 +268,8 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "pairloop pairs": paired,
     "pairloop dpo": filed,
     "pairloop sweep": swept,
+    "pairloop submit slurm --sweep": swept,
+    "pairloop submit ray": on_ray,
     "pairloop import-adapter": adapted,
     "pairloop report": ran,
 }

@@ -16,7 +16,8 @@ import polars as pl
 import pytest
 import yaml
 from fakes import run_values
-from slurm_cluster import Cluster, cluster, until
+from nodes import until
+from slurm_cluster import Cluster, cluster
 
 pytestmark = pytest.mark.engine
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -21,7 +22,7 @@ from fakes import run_values
 
 from launch import spmd
 from launch.cli import main
-from launch.slurm import fill_in, template
+from launch.slurm import Template, fill_in, template
 from rlhf import load_config
 from rlhf.errors import InputError
 from rlhf.files import FolderLock
@@ -113,12 +114,16 @@ def test_what_is_not_asked_for_is_left_to_the_cluster(
     assert not {"gpus-per-node", "partition", "account"} & set(found)
 
 
-def test_the_script_as_it_lies_there_is_one_that_bash_reads_and_a_person_can_submit() -> None:
-    text = template().read_text()
-    subprocess.run(["bash", "-n", str(template())], check=True)
-    assert directives(text)["nodes"] == "1"
+@pytest.mark.parametrize("name", get_args(Template))
+def test_a_script_as_it_lies_there_is_one_that_bash_reads_and_a_person_can_submit(
+    name: Template,
+) -> None:
+    text = template(name).read_text()
+    subprocess.run(["bash", "-n", str(template(name))], check=True)
+    found = directives(text)
+    assert found["signal"].startswith("B:USR1@")
     # Filled in with what it says, it is as before.
-    assert fill_in(text, {"nodes": "1"}, {"python": "python"}) == text
+    assert fill_in(text, {"time": found["time"]}, {"container": "()"}) == text
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,6 @@ def test_the_script_as_it_lies_there_is_one_that_bash_reads_and_a_person_can_sub
         (["--ranks-per-node", "-1"], "--ranks-per-node must be at least 1"),
         (["--notice", "0"], "--notice must be 1 to 65535 seconds"),
         (["--nodes", "2", "--placement.kind", "local"], "placement.kind is local, one process"),
-        (["--placement.kind", "ray"], "placement.kind is ray"),
         (["--prompts.train.path", "gone.jsonl"], "gone.jsonl"),
         (["--learner.epoch", "3"], "learner.epoch"),
     ],
@@ -195,12 +199,15 @@ def test_a_run_that_goes_on_elsewhere_is_not_submitted(
 class Started:
     """The script, run by bash as Slurm's first node runs it."""
 
-    def __init__(self, folder: Path, text: str, variables: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, text: str, variables: Mapping[str, str], srun: str = SRUN
+    ) -> None:
         (folder / "job.sbatch").write_text(text)
         (folder / "runs/trial").mkdir(parents=True)
-        program(folder, "srun", SRUN.format(python=sys.executable, deadline=DEADLINE))
+        program(folder, "srun", srun.format(python=sys.executable, deadline=DEADLINE))
         program(folder, "scontrol", SCONTROL)
         job = {"SLURM_JOB_ID": "20034", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_NTASKS": "2"}
+        job["SLURM_JOB_NUM_NODES"] = "2"
         path = f"{folder}/bin:{os.environ['PATH']}"
         self._folder = folder
         self._process = subprocess.Popen(
@@ -212,10 +219,10 @@ class Started:
             text=True,
         )
 
-    def ask(self) -> None:
-        """What Slurm sends, once srun has started."""
+    def ask(self, once: str = "started") -> None:
+        """What Slurm sends, once a file is there: srun's, when it has started."""
         end = time.monotonic() + DEADLINE
-        while not (self._folder / "started").exists():
+        while not (self._folder / once).exists():
             assert time.monotonic() < end
             time.sleep(0.01)
         self._process.send_signal(signal.SIGUSR1)
@@ -225,7 +232,7 @@ class Started:
         return self._process.returncode, output
 
 
-@pytest.mark.parametrize(
+ENDS = pytest.mark.parametrize(
     ("asked", "status", "state", "again"),
     [
         (0, 0, "done", False),
@@ -245,6 +252,9 @@ class Started:
         (1, 143, "failed", False),
     ],
 )
+
+
+@ENDS
 def test_a_job_queues_again_once_if_it_was_asked_to_stop_and_can_go_on(
     asked: int,
     status: int,
