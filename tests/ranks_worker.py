@@ -93,6 +93,8 @@ class Case:
         self.group.wait()
         self.learner.save(policy, "A test's policy.\n")
         self.learner.save_merged(merged)
+        # Weight by weight, by other code than what was saved above.
+        save_trained(self.learner.policy, self.out / f"gathered-{index}.safetensors", self.group)
         self.group.wait()
 
     def run(self) -> dict[str, Any]:
