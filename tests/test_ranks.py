@@ -32,6 +32,8 @@ SETTINGS = {
     "micro_batch_tokens": 40,
     "gradient_checkpointing": True,
     "checkpoint_steps": 1,
+    # Much, so that who decays and who does not shows.
+    "weight_decay": 1.0,
 }
 STAGES = (0, 1, 2, 3)
 DPO = [(stage, tuning, "dpo") for stage in STAGES for tuning in ("full", "lora")]
@@ -132,6 +134,8 @@ def test_ranks_train_as_one_process_does(
     found, expected = together[here], alone[there]
     assert "errors" not in found, found
     assert found["everywhere"] == [found["losses"]] * RANKS
+    # Packed rows and the chunked head, found to be possible in shares as in whole models.
+    assert found["ways"] == expected["ways"] and "Tail" in found["ways"]
     for losses, others in zip(found["losses"], expected["losses"], strict=True):
         assert losses == pytest.approx(others, abs=1e-5)
     for logps, others in zip(found["reference"], expected["reference"], strict=True):
