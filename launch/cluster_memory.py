@@ -17,7 +17,7 @@ from launch.cluster import Slot
 from launch.engine_parts import Seat, engine_parts, longest_bytes
 from launch.judge_memory import JudgeModel
 from launch.layout import Holder, Layout
-from launch.learner_parts import learner_parts, publish_parts
+from launch.learner_parts import WRITTEN, learner_parts, publish_parts
 from launch.machines import Machine
 from launch.memory import Estimate, learning, process_parts
 from launch.memory_parts import Part
@@ -108,7 +108,7 @@ class Sizer:
         if holder.role == "learner":
             rows = [*learner_parts(self._held, layout.sharding)]
             published = publish_parts(self._held, self._plan, layout.sharding)
-            return [*rows, *(p for p in published if first or p.what != "copy to write")], {}
+            return [*rows, *(p for p in published if first or p.what not in WRITTEN)], {}
         if holder.role == "generator":
             seat = Seat(holder.share, len(holder.slots), not layout.colocated)
             rows, lack = engine_parts(self._config, self._plan, machine, self._held, seat)

@@ -22,7 +22,7 @@ from typing import Literal
 from launch.architectures import Architecture
 from launch.cluster import Cluster, Slot
 from launch.zero_memory import Sharding
-from rlhf.config import RunConfig
+from rlhf.config import RunConfig, check_zero
 from rlhf.config_judges import LlmSpec, RewardModelSpec
 from rlhf.errors import InputError
 
@@ -133,7 +133,7 @@ def options(
     Without the architecture no generator is made tensor-parallel unless the config says so.
     Raises InputError where nothing is possible.
     """
-    _check_zero(config)
+    check_zero(config)
     seats = _Seats(config, cluster, judges)
     widths = _widths(config, cluster, architecture, engine)
     builders: dict[str, Callable[[], Iterator[Layout]]] = {
@@ -153,25 +153,6 @@ def options(
             yield family
     if len(refused) == len(preferred):
         raise refused[0]
-
-
-def _check_zero(config: RunConfig) -> None:
-    """What DeepSpeed's ZeRO can't do, as the learner uses it."""
-    placement, model = config.placement, config.model
-    if placement.offload and not placement.zero:
-        raise InputError("placement.offload needs placement.zero 1, 2 or 3, got 0")
-    if not placement.zero:
-        return
-    asked = f"does not go with placement.zero {placement.zero}"
-    if model.precision == "fp16":
-        raise InputError(f"model.precision fp16 {asked}; use bf16, or placement.zero 0")
-    if config.learner.optimizer != "adamw":
-        raise InputError(f"learner.optimizer {config.learner.optimizer} {asked}; use adamw")
-    if model.tuning == "qlora" and placement.zero == 3:
-        raise InputError(
-            f"model.tuning qlora {asked}, which would split NF4 blocks; use placement.zero 2 or "
-            "less, or model.tuning lora"
-        )
 
 
 def _preferred(config: RunConfig, cluster: Cluster) -> list[str]:

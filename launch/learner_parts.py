@@ -14,6 +14,8 @@ ROLE = "learner"
 TRAIN: tuple[Phase, ...] = ("train",)
 PASSES: tuple[Phase, ...] = ("reference", "train", "publish")
 """Phases in which the policy computes."""
+WRITTEN = ("stored version", "copy to write")
+"""Whole models in host memory, for the rank that writes files."""
 
 
 def learner_parts(held: Learning, sharding: Sharding = ALONE) -> Iterator[Part]:
@@ -25,11 +27,12 @@ def learner_parts(held: Learning, sharding: Sharding = ALONE) -> Iterator[Part]:
 
 
 def publish_parts(held: Learning, plan: Plan, sharding: Sharding = ALONE) -> Iterator[Part]:
-    """What it takes to hand a version over; the copy to write is there on the first rank only."""
+    """What it takes to hand a version over; `WRITTEN` is there on the first rank only."""
     a, c, host = held.architecture, held.compute, not held.on_gpu
-    if held.model.merges:
-        said = f"4 B x {millions(a.parameters)}, what the adapter is merged into, and is stored"
-        yield Part("publish", "stored version", 4 * a.parameters, said, ("publish",), True)
+    if held.model.merges or (held.full and (held.on_gpu or sharding.engine)):
+        said = f"4 B x {millions(a.parameters)}, "
+        said += "what the adapter is merged into, and is stored" if held.model.merges else "stored"
+        yield Part("publish", WRITTEN[0], 4 * a.parameters, said, ("publish",), True)
     if plan.sync == "merged":
         # ZeRO-3 gathers and merges a layer at a time.
         linear = a.linear // a.layers if sharding.stage == 3 else a.linear
@@ -37,7 +40,7 @@ def publish_parts(held: Learning, plan: Plan, sharding: Sharding = ALONE) -> Ite
         merged = 0 if held.full else 4 * linear
         yield Part("publish", "merged layers", merged, said, ("publish",), host)
         said = f"{c} B x {millions(a.parameters)}"
-        yield Part("publish", "copy to write", c * a.parameters, said, ("publish",), True)
+        yield Part("publish", WRITTEN[1], c * a.parameters, said, ("publish",), True)
     else:
         said = f"10 B x {held.scored:,} tokens x {a.vocabulary:,}"
         size = 10 * held.scored * a.vocabulary
@@ -72,14 +75,19 @@ def _weights(rank: Sharded) -> Iterator[Part]:
         else:
             passing = "the weights, on their way to the GPU"
             yield _part("weights", rank.base, passing, ("load",), True)
-    if held.model.merges and held.model.adapter is not None:
-        said = f"4 B x {total}, the adapter merged into it"
-        yield _part("start in fp32", 4 * a.parameters, said, ("load",), True)
+    weight = 4 if held.full else c
+    said = f"2 x {weight} B x {millions(rank.largest)}, gathered to be filled"
+    yield _part("largest tensor, whole", 2 * weight * rank.largest, said, ("load",), host)
+    merged = held.model.merges and held.model.adapter is not None
+    if merged or (held.model.whole and sharding.stage == 3):
+        said = f"4 B x {total}{shared}, " + (
+            "the adapter merged into it" if merged else "to restore"
+        )
+        yield _part("start in fp32", rank.start, said, ("load",), True)
     if held.model.whole:
         # KL to the start is measured after every round, whatever the objective's reference.
-        size = 4 if held.full else c
-        said = f"{size} B x {total}, loaded for one pass: reference, KL to the start"
-        yield _part("initial policy", held.base, said, ("reference",), host)
+        said = f"{weight} B x {total}{shared}, loaded for one pass: reference, KL to the start"
+        yield _part("initial policy", rank.base, said, ("reference",), resting)
     live = min(LIVE, a.parameters)
     said = f"weights that a pass is at: up to {millions(live)}"
     yield _part("gathered weights", rank.gathered, said, PASSES, host)

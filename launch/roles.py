@@ -49,12 +49,16 @@ class Roles:
     def learner(
         self, say: Say, shard: Callable[[Policy, Trains], Sharding] | None = None
     ) -> Learner:
-        """The learner, or one rank of it where `shard` says how the policy lies over ranks."""
+        """The learner, or one rank of it where `shard` says how the policy lies over ranks, which
+        have met."""
         from rlhf.learner import Learner
+        from rlhf.partition import WHOLE, Split
         from rlhf.policy import Policy
 
-        config = self.config
-        policy = Policy(config.model, self.path, self.plan.device, config.run.seed)
+        config, placement = self.config, self.config.placement
+        split = shard is not None and placement.zero == 3
+        partition = Split(placement.offload) if split else WHOLE
+        policy = Policy(config.model, self.path, self.plan.device, config.run.seed, partition)
         return Learner(policy, config, say, shard)
 
     def generator(self, longest: int) -> Generator:

@@ -447,10 +447,12 @@ def train(config: RunConfig) -> int:
     from launch import local
     from launch.machines import this_machine
     from launch.placement import place_on, settle
+    from rlhf.config import check_zero
 
     hush()
     machine = this_machine()
     config = with_launchers_zero(settle(config, machine))
+    check_zero(config)
     plan = place_on(config, machine)
     # A rank that follows listens before it meets the others, as rank 0 does before it opens the
     # run: from then on a signal that killed one of them would make the run a failed one.

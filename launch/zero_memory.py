@@ -18,6 +18,9 @@ Letters as in `launch.learner_memory`; N ranks, B bytes of a frozen base (0 for 
 - ZeRO-3 keeps tensors under 100,000 weights whole beside their shards
   (`stage3_param_persistence_threshold`), which most of a LoRA's are; and gathers the weights that a
   pass is at, 10^9 of them at most (`stage3_max_live_parameters`).
+- ZeRO-3 splits a model while it loads: each rank has its shards, and twice the tensor that is being
+  filled (gathered, and the buffer that it is gathered from). A start that is loaded for its pass,
+  or to go back to, is split as well.
 - Gradients are reduced through a buffer of 5 x 10^8 elements (`reduce_bucket_size`); through two
   where a GPU overlaps this with backward (`overlap_comm`, stage 2).
 - A step works on a copy of a shard's gradients, 4R / N, and AdamW's root of the second moments. At
@@ -25,7 +28,8 @@ Letters as in `launch.learner_memory`; N ranks, B bytes of a frozen base (0 for 
 - Offload keeps the second copy, moments and what a step adds in host memory, and at stage 3 the
   shards of the weights.
 
-`benchmarks/zero_memory.py` compares this with what two ranks of DeepSpeed hold on a CPU.
+`benchmarks/zero_memory.py` compares this with what two ranks of DeepSpeed hold on a CPU,
+`benchmarks/zero_loading.py` with what they take to load.
 """
 
 from __future__ import annotations
@@ -72,6 +76,11 @@ class Sharded:
         return self._share(self.held.base, 3)
 
     @property
+    def start(self) -> int:
+        """The run's start in fp32, read to be merged or to go back to."""
+        return self._share(4 * self.held.architecture.parameters, 3)
+
+    @property
     def adapter(self) -> int:
         """One adapter."""
         return self._share(4 * self.held.adapter, 3)
@@ -109,6 +118,13 @@ class Sharded:
         tensors = a.adapter_tensors(lora.rank, lora.target_modules)
         adapter = sum(size * count for size, count in tensors if size < PERSISTENT)
         return self.held.compute * base + 4 * adapter
+
+    @property
+    def largest(self) -> int:
+        """Weights of the largest tensor, which ZeRO-3 has whole while it loads it."""
+        if self.sharding.stage < 3:
+            return 0
+        return max(size for size, _ in self.held.architecture.tensors)
 
     @property
     def gathered(self) -> int:

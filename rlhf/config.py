@@ -23,6 +23,7 @@ from rlhf.config_selection import (
     STANDARD_WEIGHTS,
     Selection,
 )
+from rlhf.errors import InputError
 from rlhf.redaction import secret_in
 
 
@@ -323,6 +324,33 @@ def refuse_lone_labels(objective: Objective, learner: Learner) -> None:
         raise ValueError(
             f"learner.batch_pairs must be at least 2 with {objective.name}, whose "
             f"baseline needs another answer in its step, got {learner.batch_pairs}"
+        )
+
+
+def check_zero(config: RunConfig) -> None:
+    """Raises InputError where a setting does not go with `placement.zero`.
+
+    Asked before anything is loaded, not when the config is read: the stage may come from a
+    launcher, and the precision from the machine.
+    """
+    stage = config.placement.zero
+    if not stage:
+        return
+    asked = f"does not go with placement.zero {stage}"
+    if config.model.precision == "fp16":
+        raise InputError(
+            f"model.precision fp16 {asked}, whose shards the loss scale does not reach; use bf16, "
+            "or placement.zero 0"
+        )
+    if config.learner.optimizer != "adamw":
+        raise InputError(
+            f"learner.optimizer {config.learner.optimizer} {asked}, which flattens what it would "
+            "quantise block by block; use adamw"
+        )
+    if config.model.tuning == "qlora" and stage == 3:
+        raise InputError(
+            f"model.tuning qlora {asked}, which would split NF4 blocks; use placement.zero 2 or "
+            "less (the adapter is small), or model.tuning lora"
         )
 
 

@@ -71,15 +71,16 @@ class Learner:
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
             policy.model.enable_input_require_grads()  # type: ignore[operator]
-        self.scorer = Scorer(
-            policy, self.settings.micro_batch_tokens, self.settings.on_inexact, say
-        )
         self.sharding = (
             shard(policy, config)
             if shard
             else Replicated(policy, config.learner, config.model.precision)
         )
         self.group = self.sharding.group
+        # Last, since it makes a pass, which split weights can only once an engine gathers them.
+        self.scorer = Scorer(
+            policy, self.settings.micro_batch_tokens, self.settings.on_inexact, say
+        )
 
     def restore(self, folder: Path | None) -> None:
         """Trained weights that `save` wrote; None goes back to the start of the run."""

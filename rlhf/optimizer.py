@@ -11,6 +11,7 @@ from torch import nn
 
 from rlhf.config_learner import Learner
 from rlhf.errors import InputError
+from rlhf.partition import whole_shape
 
 
 def learning_rate(step: int, planned: int, peak: float, schedule: str, warmup: float) -> float:
@@ -47,8 +48,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) over named parameters; vectors, that is norms and biases,
     don't decay. In 8 bits the moments are quantised in blocks (Dettmers et al. 2022)."""
-    matrices = [p for _, p in trainable if p.ndim > 1]
-    vectors = [p for _, p in trainable if p.ndim <= 1]
+    matrices = [p for _, p in trainable if len(whole_shape(p)) > 1]
+    vectors = [p for _, p in trainable if len(whole_shape(p)) <= 1]
     groups: list[dict[str, Any]] = [
         {"params": params, "weight_decay": decay}
         for params, decay in ((matrices, settings.weight_decay), (vectors, 0.0))

@@ -10,9 +10,10 @@ base that rests in half precision.
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,16 @@ from rlhf.config_learner import Model
 from rlhf.errors import InputError
 from rlhf.files import atomic_folder
 from rlhf.model_cache import made_of
+from rlhf.partition import WHOLE, Partition, whole_shape
 from rlhf.types import Message
-from rlhf.weights import dequantised, load_base, named_weights, read_weights, write_into
-
-Gathered = Callable[[Sequence[nn.Parameter], bool], AbstractContextManager[None]]
-"""While entered, these parameters are whole on every rank; with True, what rank 0 makes of them
-stays."""
+from rlhf.weights import (
+    dequantised,
+    load_base,
+    named_weights,
+    stored_shapes,
+    stored_weights,
+    write_into,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -135,10 +140,20 @@ def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 class Policy:
-    """The model being trained, on one device."""
+    """The model being trained, on one device or in shares over several."""
 
-    def __init__(self, config: Model, path: str, device: str, seed: int) -> None:
+    def __init__(
+        self,
+        config: Model,
+        path: str,
+        device: str,
+        seed: int,
+        partition: Partition = WHOLE,
+    ) -> None:
         self.config = config
+        self.partition = partition
+        self.gathered = partition.gathered
+        """See `Partition.gathered`."""
         self.path = path
         self.device = device
         self.dtype = DTYPES[config.precision]
@@ -160,9 +175,6 @@ class Policy:
         self._initial = (
             {n: p.detach().cpu().clone() for n, p in self.trainable()} if self.adapted else None
         )
-        self.gathered: Gathered = lambda parameters, write: nullcontext()
-        """Set by whoever splits the weights over ranks, where none is whole outside of it; entered
-        by all ranks together."""
         self.shares = False
         """Set where a weight's memory is not its own, or not for long: it is copied to be saved."""
 
@@ -197,9 +209,11 @@ class Policy:
         if kind == "round_start":
             yield self.model
         elif self.config.whole:
-            initial = self._load_start()
-            yield initial
+            with self.partition.computing(self._load_start()) as initial:
+                yield initial
             del initial
+            # Split weights refer to themselves, and would stay.
+            gc.collect()
         elif self.config.adapter is None:
             with self.model.disable_adapter():  # type: ignore[operator]
                 yield self.model
@@ -229,7 +243,7 @@ class Policy:
             described["revision"] = self.config.revision
             (folder / "adapter_config.json").write_text(_stable_json(described))
         else:
-            masters = self._masters(self._base).items() if self.config.merges else self._held()
+            masters = self._masters(self._base) if self.config.merges else self._held()
             self._save_whole(folder, self._with_adapter(masters), torch.float32, write)
         if not write:
             return
@@ -247,12 +261,14 @@ class Policy:
 
     def restore(self, folder: Path | None) -> None:
         """Load weights that `save` wrote; None goes back to the start of the run."""
-        if not self.adapted:
-            self._fill(folder, self._masters(folder))
-        elif self.config.merges:
-            self._fill(folder, self._masters(folder))
-            self._base = folder
-            self._reset_adapter()
+        if self.config.whole:
+            if folder is not None:
+                self._check_shapes(folder)
+            write_into(self.plain_model(), self._masters(folder), self.gathered)
+            gc.collect()
+            if self.config.merges:
+                self._base = folder
+                self._reset_adapter()
         elif folder is None:
             self._reset_adapter()
         else:
@@ -291,18 +307,26 @@ class Policy:
 
     def _held(self) -> Iterator[tuple[str, Tensor]]:
         """The weights under the adapter, as they are held."""
-        for name, weight in named_weights(self.plain_model()).items():
-            with self.gathered(_parameters(weight), False):
+        return self._whole(self.plain_model())
+
+    def _whole(self, plain: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """A model's weights, each whole while it is looked at."""
+        for name, weight in named_weights(plain).items():
+            with self.gathered([weight] if isinstance(weight, nn.Parameter) else [], False):
                 yield name, dequantised(weight)
 
-    def _with_adapter(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """`weights` and, in fp32, what the adapter adds to them; tied copies left out."""
+    def _with_adapter(
+        self, weights: Iterable[tuple[str, Tensor]], plain: Any = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """`weights` and, in fp32, what the adapter on `plain` (by default the policy) adds to them;
+        tied copies left out."""
+        plain = self.plain_model() if plain is None else plain
         adapted: dict[str, Any] = {
             f"{name}.weight": module
-            for name, module in self.plain_model().named_modules()
+            for name, module in plain.named_modules()
             if isinstance(module, LoraLayer)
         }
-        tied = self._tied()
+        tied = _tied_weights(plain)
         for name, weight in weights:
             if name in tied:
                 continue
@@ -314,40 +338,40 @@ class Policy:
             else:
                 yield name, weight.detach()
 
-    def _masters(self, folder: Path | None) -> dict[str, Tensor]:
-        """A version's weights in fp32, as it is stored; None: as the run starts."""
+    def _masters(self, folder: Path | None) -> Iterator[tuple[str, Tensor]]:
+        """A version's weights in fp32, as it is stored, one at a time; None: as the run starts."""
         if folder is not None:
-            return read_weights(folder)
-        base: Any = load_base(self.config, self.path, "cpu", torch.float32)
+            yield from stored_weights(folder)
+            return
+        with self.partition.loading(torch.float32, host=True):
+            base: Any = load_base(self.config, self.path, "cpu", torch.float32)
         if self.config.adapter is None:
-            return named_weights(base)
+            yield from self._whole(base)
+            return
         adapted = PeftModel.from_pretrained(base, self.config.adapter, use_safetensors=True)
         _refuse_tied(adapted, _tied_weights(base), self.path)
-        return named_weights(adapted.merge_and_unload())
+        yield from self._with_adapter(self._whole(base), base)
 
     def _load_start(self) -> nn.Module:
         """The model that the run starts from, less an adapter that is carried on."""
         # Full tuning trains fp32 masters; a frozen base can rest in compute precision.
         dtype = torch.float32 if self.config.tuning == "full" else self.dtype
-        start = load_base(self.config, self.path, self.device, dtype)
+        with self.partition.loading(dtype):
+            start = load_base(self.config, self.path, self.device, dtype)
         if self.config.merges and self.config.adapter is not None:
-            write_into(start, self._masters(None))
+            write_into(start, self._masters(None), self.gathered)
         return start
 
-    def _fill(self, folder: Path | None, weights: Mapping[str, Tensor]) -> None:
-        """Take a version's weights for those under the adapter."""
-        plain, tied = self.plain_model(), self._tied()
-        # DeepSpeed keeps the shape of a weight that it has split.
+    def _check_shapes(self, folder: Path) -> None:
+        """Raises InputError where a version's weights are not those under the adapter."""
+        tied = self._tied()
         held = {
-            n: getattr(w, "ds_shape", w.shape)
-            for n, w in named_weights(plain).items()
-            if n not in tied
+            n: whole_shape(w) for n, w in named_weights(self.plain_model()).items() if n not in tied
         }
-        given = {n: w.shape for n, w in weights.items() if n not in tied}
+        given = {n: shape for n, shape in stored_shapes(folder).items() if n not in tied}
         odd = sorted({name for name, _ in held.items() ^ given.items()})
         if odd:
             raise InputError(f"{folder}: not this policy's weights: {odd[:3]} differ")
-        write_into(plain, weights, self.gathered)
 
     def _reset_adapter(self) -> None:
         assert self._initial is not None
@@ -410,10 +434,6 @@ class Policy:
         model.load_adapter(adapter, adapter_name="reference", is_trainable=False)
         model.set_adapter("default")
         return model
-
-
-def _parameters(weight: Tensor) -> list[nn.Parameter]:
-    return [weight] if isinstance(weight, nn.Parameter) else []
 
 
 def _tied_weights(plain: Any) -> dict[str, str]:

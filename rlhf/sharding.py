@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.config_learner import Learner
-from rlhf.errors import InputError
 from rlhf.group import ALONE, Group
 from rlhf.optimizer import make_optimizer
+from rlhf.partition import deepspeed
 from rlhf.policy import Policy
+
+PERSISTENT = 100_000
+"""Tensors with fewer weights ZeRO-3 keeps whole beside their shards; DeepSpeed's default."""
 
 
 class Sharding(Protocol):
@@ -149,10 +151,9 @@ class Zero:
     ) -> None:
         """Split the policy over the ranks; `offload` keeps what is split in host memory.
 
-        Raises InputError where DeepSpeed is missing, or a setting does not go with it.
+        What goes with it: `rlhf.config.check_zero`. Raises InputError where DeepSpeed is missing.
         """
-        refuse(policy, settings, stage)
-        deepspeed = _deepspeed()
+        assert policy.partition.split == (stage == 3), "ZeRO-3 trains what was loaded in shares"
         self.group = group
         self.stage = stage
         self._settings = settings
@@ -160,12 +161,16 @@ class Zero:
         host = {"device": "cpu", "pin_memory": device == "cuda"}
         # DeepSpeed 0.19 can't overlap under stage 1 while the step decides when it is whole.
         overlap = device == "cuda" and stage > 1
-        zero: dict[str, Any] = {"stage": stage, "overlap_comm": overlap}
+        zero: dict[str, Any] = {
+            "stage": stage,
+            "overlap_comm": overlap,
+            "stage3_param_persistence_threshold": PERSISTENT,
+        }
         if offload:
             zero["offload_optimizer"] = host
             if stage == 3:
                 zero["offload_param"] = host
-        self._engine, *_ = deepspeed.initialize(
+        self._engine, *_ = deepspeed().initialize(
             model=policy.model,
             optimizer=make_optimizer(policy.trainable(), settings, rate=0.0),
             dist_init_required=False,
@@ -184,8 +189,6 @@ class Zero:
         self.model: nn.Module = self._engine
         # DeepSpeed's weights are views of one buffer.
         policy.shares = True
-        if stage == 3:
-            policy.gathered = self._gathered
         self.begin()
 
     def __str__(self) -> str:
@@ -250,41 +253,3 @@ class Zero:
             else optimizer.single_partition_of_fp32_groups
         )
         return flats
-
-    def _gathered(
-        self, parameters: Sequence[nn.Parameter], write: bool
-    ) -> AbstractContextManager[None]:
-        zero = _deepspeed().zero
-        context: AbstractContextManager[None] = zero.GatheredParameters(
-            list(parameters), modifier_rank=0 if write else None
-        )
-        return context if parameters else nullcontext()
-
-
-def refuse(policy: Policy, settings: Learner, stage: int) -> None:
-    """Raises InputError where a setting does not go with ZeRO."""
-    if policy.config.precision == "fp16":
-        raise InputError(
-            f"model.precision: fp16 does not go with ZeRO stage {stage}, whose shards the loss "
-            "scale does not reach; use bf16, or placement.zero 0"
-        )
-    if settings.optimizer != "adamw":
-        raise InputError(
-            f"learner.optimizer: {settings.optimizer} does not go with ZeRO stage {stage}, which "
-            "flattens what it would quantise block by block; use adamw"
-        )
-    if policy.config.tuning == "qlora" and stage == 3:
-        raise InputError(
-            "model.tuning: qlora does not go with ZeRO stage 3, which would split NF4 blocks; use "
-            "placement.zero 2 or less (the adapter is small), or model.tuning lora"
-        )
-
-
-def _deepspeed() -> Any:
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise InputError(
-            f"placement.zero needs DeepSpeed: {error}; pip install 'pairloop[deepspeed]'"
-        ) from None
-    return deepspeed

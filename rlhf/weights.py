@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlhf.config_learner import Model
 from rlhf.errors import InputError
+from rlhf.partition import WHOLE
 
 
 def load_base(config: Model, path: str, device: str, dtype: torch.dtype) -> nn.Module:
@@ -82,31 +83,40 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All that a folder's safetensors hold, by name, on the CPU."""
-    weights: dict[str, Tensor] = {}
+def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """All that a folder's safetensors hold, by name, on the CPU, read as it is looked at."""
     for file in sorted(folder.glob("*.safetensors")):
-        weights.update(load_file(file))
-    return weights
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                yield name, opened.get_tensor(name)
+
+
+def stored_shapes(folder: Path) -> dict[str, torch.Size]:
+    """The shape of each, without reading it."""
+    shapes: dict[str, torch.Size] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                shapes[name] = torch.Size(opened.get_slice(name).get_shape())
+    return shapes
 
 
 def write_into(
     model: nn.Module,
-    weights: Mapping[str, Tensor],
-    gathered: Callable[[Sequence[nn.Parameter], bool], AbstractContextManager[None]] = (
-        lambda parameters, write: nullcontext()
-    ),
+    weights: Iterable[tuple[str, Tensor]],
+    gathered: Callable[
+        [Sequence[nn.Parameter], bool], AbstractContextManager[None]
+    ] = WHOLE.gathered,
 ) -> None:
-    """Copy weights to their places in a model, adapted or not, rounded to what is held there.
-
-    `gathered` makes parameters whole that are split over ranks (`rlhf.policy.Gathered`).
-    """
+    """Copy weights, in the order in which they come, to their places in a model, adapted or not,
+    rounded to what is held there; `gathered` as `Partition.gathered`."""
+    places = named_weights(model)
     with torch.no_grad():
-        # In the model's order, since ranks gather together.
-        for name, place in named_weights(model).items():
-            if name in weights:
+        for name, weight in weights:
+            place = places.get(name)
+            if place is not None:
                 with gathered([place] if isinstance(place, nn.Parameter) else [], True):
-                    place.copy_(weights[name])
+                    place.copy_(weight)
 
 
 def dequantised(weight: Tensor) -> Tensor:

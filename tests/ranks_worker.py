@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 
 from launch.spmd import join
+from rlhf import sharding
 from rlhf.checkpoint import save_trained
 from rlhf.config import RunConfig
 from rlhf.config_offline import Trains
 from rlhf.errors import Interrupted, NonFiniteError
 from rlhf.group import Group
 from rlhf.learner import Learner
+from rlhf.partition import WHOLE, Split
 from rlhf.policy import Policy
 from rlhf.sharding import Replicated, Sharding, Zero
 
@@ -31,7 +33,8 @@ def make_learner(config: RunConfig, group: Group, stage: int) -> Learner:
             return Replicated(policy, config.learner, config.model.precision, group)
         return Zero(policy, config.learner, group, stage, offload=False)
 
-    policy = Policy(config.model, config.model.path, "cpu", config.run.seed)
+    partition = Split() if stage == 3 else WHOLE
+    policy = Policy(config.model, config.model.path, "cpu", config.run.seed, partition)
     return Learner(policy, config, shard=shard)
 
 
@@ -93,12 +96,19 @@ class Case:
         self.group.wait()
         self.learner.save(policy, "A test's policy.\n")
         self.learner.save_merged(merged)
+        # Weight by weight, by other code than what was saved above.
+        save_trained(self.learner.policy, self.out / f"gathered-{index}.safetensors", self.group)
         self.group.wait()
 
     def run(self) -> dict[str, Any]:
         reference = [self.train(index) for index in (1, 2)]
         losses = list(self.losses.values())
-        return {"losses": losses, "reference": reference, "everywhere": self.group.gather(losses)}
+        return {
+            "losses": losses,
+            "reference": reference,
+            "everywhere": self.group.gather(losses),
+            "ways": repr(self.learner.scorer.ways),
+        }
 
 
 def attempt(folder: Path, case: dict[str, Any], group: Group) -> dict[str, Any]:
@@ -115,6 +125,8 @@ def attempt(folder: Path, case: dict[str, Any], group: Group) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    # So that a small model's weights are as split as a large one's.
+    sharding.PERSISTENT = 0
     group = join("cpu").group
     cases = json.loads((folder / "cases.json").read_text())
     found = {case["name"]: attempt(folder, case, group) for case in cases}

@@ -96,7 +96,8 @@ def test_7b_full_under_zero_3_on_eight_a100s() -> None:
     """Eight processes, each with a vLLM of its own. P = 7,615,616,512 weights, fp32 under autocast.
 
     A rank holds 4P/8 = 3,807,808,256 B of weights, as much of gradients and of the copy that AdamW
-    moves, 8P/8 = 7,615,616,512 of moments; for one pass the initial policy, 4P = 30,462,466,048.
+    moves, 8P/8 = 7,615,616,512 of moments; for one pass 4P/8 again, of the initial policy.
+    While it loads, twice the largest tensor: 8 x 152,064 x 3584 = 4,359,979,008.
     Whole: 57 norms of 3584 and 28 x 4,608 biases are tensors of under 100,000: 4 x 333,312.
     Gathered: 4 x 10^9; reduced through 4 x 5 x 10^8. Autocast's copies: linear layers and
     embedding, 2 x (6,525,288,448 + 544,997,376) = 14,140,571,648.
@@ -117,7 +118,8 @@ def test_7b_full_under_zero_3_on_eight_a100s() -> None:
         assert sizes(at(plan, gpu=gpu)) == {
             ("learner", "weights"): 3_807_808_256,
             ("learner", "small tensors, whole"): 4 * 333_312,
-            ("learner", "initial policy"): 30_462_466_048,
+            ("learner", "initial policy"): 3_807_808_256,
+            ("learner", "largest tensor, whole"): 4_359_979_008,
             ("learner", "gathered weights"): 4_000_000_000,
             ("learner", "gradients"): 3_807_808_256,
             ("learner", "AdamW's copy"): 3_807_808_256,
@@ -136,7 +138,9 @@ def test_7b_full_under_zero_3_on_eight_a100s() -> None:
     assert plan.found is not None
     assert plan.found.sequences == (budget - used) // 88_137_728
     host = sizes(at(plan), host=True)
-    # Eight sleeping copies; one checkpoint, mapped by all; one copy to write, by rank 0.
+    # Eight sleeping copies; one checkpoint, mapped by all; a start to go back to, in eight shares;
+    # one version to store in fp32 and one copy to write, by rank 0.
+    assert host["learner", "start in fp32"] == host["publish", "stored version"] == 30_462_466_048
     assert host["generator", "vLLM, asleep"] == 8 * 15_231_233_024
     assert host["learner", "checkpoint"] == host["publish", "copy to write"] == 15_231_233_024
     assert refusal(plan) is None
@@ -152,6 +156,7 @@ def test_70b_lora_on_four_nodes_of_eight_h100s() -> None:
 
     A rank has 2P/32 = 4,409,606,656 of weights; 4R/32 = 25,886,720 of the adapter, gradients and
     the copy that AdamW moves; 8R/32 = 51,773,440 of moments; autocast's copies 2R = 414,187,520.
+    While it loads, twice the largest tensor: 2 x 2 x 1,050,673,152 = 4,202,692,608.
     Whole: norms 161 x 8192 in bf16, and k's and v's second matrices 160 x 16 x 1024 in fp32, under
     100,000 each: 2 x 1,318,912 + 4 x 2,621,440. Gathered 2 x 10^9, reduced through 4 x 5 x 10^8.
     A chunk of the head has 67,108,864 / (4 x 128,256) = 130 tokens. Scoring: one layer,
@@ -176,6 +181,7 @@ def test_70b_lora_on_four_nodes_of_eight_h100s() -> None:
     expected = {
         ("learner", "weights"): 4_409_606_656,
         ("learner", "adapter"): 25_886_720,
+        ("learner", "largest tensor, whole"): 4_202_692_608,
         ("learner", "small tensors, whole"): 2 * 1_318_912 + 4 * 2_621_440,
         ("learner", "gathered weights"): 2_000_000_000,
         ("learner", "gradients"): 25_886_720,

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from ranks_worker import Case
 from safetensors.torch import load_file
 from small_models import save_small_model
 from test_learner import config_for, make_pairs
 from test_learner_objectives import data_for
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from rlhf.errors import InputError
 from rlhf.group import ALONE
@@ -30,12 +32,18 @@ SETTINGS = {
     "micro_batch_tokens": 40,
     "gradient_checkpointing": True,
     "checkpoint_steps": 1,
+    # Much, so that who decays and who does not shows.
+    "weight_decay": 1.0,
 }
 STAGES = (0, 1, 2, 3)
 DPO = [(stage, tuning, "dpo") for stage in STAGES for tuning in ("full", "lora")]
 OTHERS = [(stage, "lora", objective) for stage in (0, 3) for objective in ("ipo", "kto", "orpo")]
 # A new adapter each round, merged into the last version.
 OTHERS += [(stage, "merged", "dpo") for stage in (0, 2, 3)]
+
+TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+WHOLE_MODEL = {*TOKENIZER, "config.json", "generation_config.json", "model.safetensors"}
+ADAPTER_FOLDER = {*TOKENIZER, "adapter_config.json", "adapter_model.safetensors"}
 
 
 def name(stage: int | str, tuning: str, objective: str) -> str:
@@ -126,6 +134,8 @@ def test_ranks_train_as_one_process_does(
     found, expected = together[here], alone[there]
     assert "errors" not in found, found
     assert found["everywhere"] == [found["losses"]] * RANKS
+    # Packed rows and the chunked head, found to be possible in shares as in whole models.
+    assert found["ways"] == expected["ways"] and "Tail" in found["ways"]
     for losses, others in zip(found["losses"], expected["losses"], strict=True):
         assert losses == pytest.approx(others, abs=1e-5)
     for logps, others in zip(found["reference"], expected["reference"], strict=True):
@@ -144,6 +154,53 @@ def weights(folder: Path) -> dict[str, Tensor]:
     for file in folder.glob("*.safetensors"):
         found |= load_file(file)
     return found
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_full_weights_of_all_ranks_are_one_folder_that_transformers_loads(
+    folder: Path, together: dict[str, Any], stage: int
+) -> None:
+    """Exactly the gathered weights; which are those of one process, as tested above."""
+    out = folder / name(stage, "full", "dpo")
+    gathered = load_file(out / "gathered-2.safetensors")
+    start = load_file(folder / "model" / "model.safetensors")
+    for kind in ("policy", "merged"):
+        exported = out / f"{kind}-2"
+        assert written(exported) == {*WHOLE_MODEL, *({"README.md"} if kind == "policy" else ())}
+        model = AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
+        assert model.dtype == torch.float32
+        held = dict(model.named_parameters())
+        assert held.keys() == gathered.keys()
+        assert all(torch.equal(held[key], gathered[key]) for key in held)
+        assert any(not torch.equal(held[key], start[key]) for key in held)
+        # Tied in the start, tied in what is loaded.
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_adapter_of_all_ranks_is_one_folder_that_peft_loads_and_merges_to_the_other(
+    folder: Path, together: dict[str, Any], stage: int
+) -> None:
+    out = folder / name(stage, "lora", "dpo")
+    gathered = load_file(out / "gathered-2.safetensors")
+    assert written(out / "policy-2") == {*ADAPTER_FOLDER, "README.md"}
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    adapted: Any = PeftModel.from_pretrained(base, str(out / "policy-2"))
+    held = {key: weight for key, weight in adapted.named_parameters() if "lora_" in key}
+    assert held.keys() == gathered.keys()
+    assert all(torch.equal(held[key], gathered[key]) for key in held)
+
+    assert written(out / "merged-2") == WHOLE_MODEL
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged-2", dtype="auto")
+    expected = dict(adapted.merge_and_unload().named_parameters())
+    found = dict(merged.named_parameters())
+    assert found.keys() == expected.keys()
+    for key, weight in found.items():
+        torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-6)
+
+
+def written(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize("stage", STAGES)

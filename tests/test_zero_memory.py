@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import zero_loading
 from benchmarks import zero_memory as benchmark
 from benchmarks.zero_memory import PARTS, Case, measure, theory
 from launch.architectures import KNOWN, Architecture
@@ -110,3 +113,34 @@ def test_deepspeed_holds_what_is_said() -> None:
             for part in PARTS:
                 said, found = getattr(theory(case), part), getattr(held, part)
                 assert found == pytest.approx(said, rel=0.03), (case, part)
+
+
+@pytest.mark.engine
+def test_zero_3_has_no_more_than_a_share_and_two_of_a_tensor_while_it_loads() -> None:
+    """Two gloo ranks, a model of 40 million weights, loaded and used for one pass: P bytes in fp32.
+
+    Whole P; split P / 2 and twice the largest tensor, as a frozen base half of that.
+    """
+    held = Learning(
+        Architecture.read({"model_type": "llama", **zero_loading.LLAMA}, "random"),
+        Model.model_validate({"path": "random", "tuning": "full", "precision": "fp32"}),
+        *(64, 32, 16, False),
+        on_gpu=False,
+    )
+    alone, split = Sharded(held, Sharding()), Sharded(held, Sharding(3, zero_loading.RANKS))
+    found = dict(zip(zero_loading.CASES, zero_loading.measure(zero_loading.CASES), strict=True))
+    for case, ranks in found.items():
+        whole = found[replace(case, split=False)]
+        weight = {"fp32": 4, "bf16": 2}[case.precision]
+        assert len(ranks) == zero_loading.RANKS
+        for loaded in ranks:
+            rank = split if case.split else alone
+            assert loaded.held == pytest.approx(rank.base * weight / 4, rel=0.001)
+            # DeepSpeed makes weights of the type that its config names.
+            assert loaded.dtype == {"fp32": "float32", "bf16": "bfloat16"}[case.precision]
+            assert loaded.logits == whole[0].logits
+            if case.split:
+                said = weight / 4 * rank.base + 2 * weight * rank.largest
+                assert loaded.held < loaded.peak < 1.1 * said
+            elif case.precision == "fp32":
+                assert loaded.peak > 0.99 * alone.base
