@@ -34,7 +34,7 @@ def train(config: RunConfig) -> int:
     Raises PairloopError as `launch.local.run` does, and InputError where the cluster can't hold it.
     """
     hush()
-    with _joined() as found:
+    with joined() as found:
         planned = cluster_fit.plan_cluster(config, found)
         if (refused := cluster_fit.refusal(planned)) is not None:
             raise refused
@@ -76,7 +76,7 @@ class _Actors:
 
 
 @contextmanager
-def _joined() -> Iterator[Cluster]:
+def joined() -> Iterator[Cluster]:
     """The cluster of a submitted job or of RAY_ADDRESS, else one on this machine's loopback."""
     try:
         address = os.environ.get("RAY_ADDRESS")
@@ -90,7 +90,10 @@ def _joined() -> Iterator[Cluster]:
             f"placement.kind ray needs Ray: {error}; pip install 'pairloop[ray]'"
         ) from None
     if address is None:
-        ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False)
+        # Without an address Ray would join whatever cluster it finds on this machine.
+        ray.init(
+            "local", _node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False
+        )
     else:
         ray.init(address=address, log_to_driver=False)
     try:

@@ -31,6 +31,11 @@ from rlhf.minhash import (
     within_buckets,
 )
 
+NONE_SIMILAR = pl.DataFrame(
+    schema={"earlier": pl.Int64, "later": pl.Int64, "similarity": pl.Float64}
+)
+"""What `similar_pairs` gives where no two are."""
+
 _CHUNK_CHARACTERS = 1 << 18
 
 
@@ -73,6 +78,8 @@ def repeating(columns: Sequence[pl.Series], most: float, seed: int = 0) -> pl.Da
     """
     _check(joined(columns), most)
     first = first_of_equals(digests(columns))
+    if most == 1:
+        return standing(first, NONE_SIMILAR)
     unique = np.unique(first)
     distinct = [column.gather(unique) for column in columns]
     pairs = similar_pairs(joined(distinct), most, seed)
@@ -133,7 +140,7 @@ def similar_pairs(texts: pl.Series, threshold: float = 0.8, seed: int = 0) -> pl
     """
     _check(texts, threshold)
     if texts.is_empty():
-        return _pair_table(np.empty((2, 0), np.int64), np.empty(0))
+        return NONE_SIMILAR
     values, sizes, signatures = _signed(texts, seed)
     pairs = _candidates(signatures, threshold)
     similarity = _jaccard(_set_rows(values, sizes), pairs)
