@@ -16,7 +16,8 @@ import time
 import numpy as np
 import polars as pl
 
-from rlhf.duplicates import PERMUTATIONS, SHINGLE, near_duplicates, normalised, similar_pairs
+from rlhf.duplicates import near_duplicates, normalised, similar_pairs
+from rlhf.minhash import PERMUTATIONS, SHINGLE
 
 PLANTED_SHARE = 0.1
 VOCABULARY = 30_000

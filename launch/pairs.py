@@ -190,6 +190,14 @@ def convert(
     return 0
 
 
+app.command(
+    "launch.pair_folders:select", name="select", help="Make pairs of stored completions and scores."
+)
+app.command(
+    "launch.pair_folders:dedupe", name="dedupe", help="Take out records that repeat an earlier one."
+)
+
+
 def _read(path: Path, reading: Reading) -> Preferences:
     from rlhf.pair_formats import read_preferences
 

@@ -35,7 +35,7 @@ def train(config: RunConfig) -> int:
     """
     hush()
     ray_jobs.check_inside(config)
-    with _joined() as found:
+    with joined() as found:
         planned = cluster_fit.plan_cluster(config, found)
         if (refused := cluster_fit.refusal(planned)) is not None:
             raise refused
@@ -87,7 +87,7 @@ class _Actors:
 
 
 @contextmanager
-def _joined() -> Iterator[Cluster]:
+def joined() -> Iterator[Cluster]:
     """The cluster of a submitted job or of RAY_ADDRESS, else one on this machine's loopback.
 
     Raises InputError where there is no Ray, or nothing at RAY_ADDRESS that lets this process in.
@@ -104,7 +104,10 @@ def _joined() -> Iterator[Cluster]:
             f"placement.kind ray needs Ray: {error}; pip install 'pairloop[ray]'"
         ) from None
     if address is None:
-        ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False)
+        # Without an address Ray would join whatever cluster it finds on this machine.
+        ray.init(
+            "local", _node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False
+        )
     else:
         try:
             ray.init(address=address, log_to_driver=False)

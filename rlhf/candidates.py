@@ -66,12 +66,13 @@ def candidates_of(completions: pl.DataFrame, scores: pl.DataFrame, rules: Rules)
 def checked_candidates(
     completions: pl.DataFrame, scores: pl.DataFrame, prompts: pl.DataFrame, rules: Rules
 ) -> pl.DataFrame:
-    """Candidates of tables that are checked first.
+    """Candidates of tables that are checked first, with their prompts' `check_listed`.
 
     Raises:
         ValueError: a completion, score or prompt twice, a score without completion, a completion
             without prompt, a prompt without category, two policy versions for one prompt.
     """
+    check_listed(prompts)
     ids = _sorted_ids(completions)
     present = scores["dimension"].unique().sort().to_list()
     columns = _by_dimension(scores, _keys(scores, ids), sorted({*present, *rules.needed}))
@@ -88,7 +89,6 @@ def checked_candidates(
         and not part["key"].is_in(known.implode()).fill_null(False).all()
         for part in columns.values()
     )
-    listed = prompts.select("prompt_id", "category")
     faults: dict[str, Sequence[str]] = {
         "sampled twice": named(pl.col("key") == pl.col("key").shift()),
         "answered by more than one policy_version": named(
@@ -99,14 +99,31 @@ def checked_candidates(
         ].to_list()
         if strangers
         else [],
-        "listed twice": listed.filter(pl.col("prompt_id").is_duplicated())["prompt_id"].to_list(),
-        "sampled but not listed": ids.filter(~ids.is_in(listed["prompt_id"].implode())).to_list(),
-        "without a category": listed.filter(pl.col("category").is_null())["prompt_id"].to_list(),
+        "sampled but not listed": ids.filter(~ids.is_in(prompts["prompt_id"].implode())).to_list(),
     }
+    _refuse(faults)
+    return _candidates(completions, columns, ids, rules)
+
+
+def check_listed(prompts: pl.DataFrame) -> None:
+    """Look at the columns prompt_id and category of prompts.
+
+    Raises:
+        ValueError: a prompt twice, or without a category.
+    """
+    twice, blank = pl.col("prompt_id").is_duplicated(), pl.col("category").is_null()
+    _refuse(
+        {
+            "listed twice": prompts.filter(twice)["prompt_id"].to_list(),
+            "without a category": prompts.filter(blank)["prompt_id"].to_list(),
+        }
+    )
+
+
+def _refuse(faults: Mapping[str, Sequence[str]]) -> None:
     for fault, prompt_ids in faults.items():
         if len(prompt_ids):
             raise ValueError(f"{len(prompt_ids)} rows {fault}, first: {min(prompt_ids)!r}")
-    return _candidates(completions, columns, ids, rules)
 
 
 def chosen_steps(rules: Rules) -> list[Step]:

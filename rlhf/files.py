@@ -16,19 +16,21 @@ import secrets
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+from polars.io.plugins import register_io_source
 
 from rlhf.errors import InputError
 
 STAGING = ".pairloop-staging"
 # Polars and safetensors wrap the system's error in one of their own without an errno.
 _FULL_MESSAGES = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), f"os error {errno.ENOSPC})")
+_GROUP_ROWS = 1 << 13
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -205,6 +207,25 @@ def write_parquet(table: pl.DataFrame, path: Path) -> None:
     with atomic_file(path) as staging:
         # Pages follow the frame's chunks; one chunk makes the bytes depend on the values alone.
         table.rechunk().write_parquet(staging, compression="zstd", row_group_size=1 << 16)
+
+
+def write_tables(tables: Iterable[pl.DataFrame], schema: pl.Schema, path: Path) -> None:
+    """Write tables one below the other as one file that need not fit in memory; its bytes depend on
+    the rows alone."""
+
+    def groups(*_: object) -> Iterator[pl.DataFrame]:
+        held = pl.DataFrame(schema=schema)
+        for table in tables:
+            held = held.vstack(table)
+            while held.height >= _GROUP_ROWS:
+                yield held[:_GROUP_ROWS].rechunk()
+                held = held[_GROUP_ROWS:]
+        yield held.rechunk()
+
+    with atomic_file(path) as staging:
+        register_io_source(groups, schema=schema).sink_parquet(
+            staging, compression="zstd", row_group_size=_GROUP_ROWS, maintain_order=True
+        )
 
 
 def read_parquet(path: Path) -> pl.DataFrame:

@@ -7,7 +7,8 @@ outcome under the step's `flag`, and `depth`, how many pair steps hold before th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -35,13 +36,44 @@ class Constraints(NamedTuple):
     """What chosen and rejected must satisfy together: expressions over pairs."""
 
 
-class Count(NamedTuple):
-    """One line of the funnel, before it is compared with the one above."""
+class Left(NamedTuple):
+    """What is left after a step."""
 
-    name: str
-    why: str
     completions: int
     prompts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a funnel is made of; those of different prompts add up."""
+
+    left: tuple[Left, ...]
+    """Generated, then after each step but the cap."""
+    completions: Mapping[str, int]
+    """`failed_completions`."""
+    pairs: Mapping[str, int]
+    """The sums of `failed_pairs`."""
+    best_and_worst: int
+    """Prompts whose best and worst usable answers are an admissible pair."""
+    unusable: Mapping[str, Mapping[str, int]]
+    """`unusable_scores`."""
+
+    def __add__(self, other: Counts) -> Counts:
+        """The counts of both."""
+        return Counts(
+            tuple(
+                Left(a.completions + b.completions, a.prompts + b.prompts)
+                for a, b in zip(self.left, other.left, strict=True)
+            ),
+            _added(self.completions, other.completions),
+            _added(self.pairs, other.pairs),
+            self.best_and_worst + other.best_and_worst,
+            {d: _added(counts, other.unusable[d]) for d, counts in self.unusable.items()},
+        )
+
+
+def _added(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {name: count + other[name] for name, count in one.items()}
 
 
 def is_score() -> pl.Expr:
@@ -86,43 +118,45 @@ def failed_completions(candidates: pl.DataFrame, steps: Sequence[Step]) -> dict[
     ).row(0, named=True)
 
 
-def count_steps(
-    candidates: pl.DataFrame, kept: pl.DataFrame, constraints: Constraints, last: Sequence[Count]
-) -> list[dict[str, Any]]:
+def left_after(
+    candidates: pl.DataFrame, kept: pl.DataFrame, constraints: Constraints
+) -> list[Left]:
+    """What is left at first and after each constraint; `kept` is the sum of `kept_pairs` over all
+    pairs of these candidates."""
+    found = [Left(candidates.height, candidates["p"].n_unique())]
+    for step in constraints.chosen:
+        candidates = candidates.filter(step.holds)
+        found.append(Left(candidates.height, candidates["p"].n_unique()))
+    counts = kept.row(0, named=True)
+    pairs = (
+        Left(counts[f"completions {s.flag}"], counts[f"prompts {s.flag}"]) for s in constraints.pair
+    )
+    return [*found, *pairs]
+
+
+def as_steps(named: Sequence[tuple[str, str]], left: Sequence[Left]) -> list[dict[str, Any]]:
     """The funnel in order: chosen answers and prompts left after each step, and why others fell.
 
     Each step says what share it kept of what it got, in completions and in prompts (None where it
     got nothing); their product over the steps is the share that is left of all.
 
     Args:
-        candidates: all of them.
-        kept: the sum of `kept_pairs` over all pairs.
-        constraints: what `kept` and the first steps count.
-        last: the steps after those, counted already.
+        named: name and reason of each step after the first.
+        left: what was there at first, then what each of them left.
     """
-    rows = [Count("generated", "", candidates.height, candidates["p"].n_unique())]
-    for step in constraints.chosen:
-        candidates = candidates.filter(step.holds)
-        left = candidates.height, candidates["p"].n_unique()
-        rows.append(Count(step.name, step.why, *left))
-    counts = kept.row(0, named=True)
-    rows += [
-        Count(s.name, s.why, counts[f"completions {s.flag}"], counts[f"prompts {s.flag}"])
-        for s in constraints.pair
-    ]
-    rows += last
+    rows = zip([("generated", ""), *named], left, [left[0], *left], strict=False)
     return [
         {
-            "step": now.name,
+            "step": name,
             "completions": now.completions,
             "prompts": now.prompts,
             "lost_completions": before.completions - now.completions,
             "lost_prompts": before.prompts - now.prompts,
             "kept_completions": _share(now.completions, before.completions),
             "kept_prompts": _share(now.prompts, before.prompts),
-            "why": now.why,
+            "why": why,
         }
-        for now, before in zip(rows, rows[:1] + rows, strict=False)
+        for (name, why), now, before in rows
     ]
 
 

@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, reduce
 from typing import Any, Literal
@@ -34,8 +35,9 @@ from scipy import integrate, stats
 
 from rlhf.candidates import KEY
 from rlhf.errors import DataGateError, InputError
+from rlhf.funnel import is_score
 from rlhf.rules import Rules
-from rlhf.statistics import Floats
+from rlhf.statistics import Floats, exact_sum
 
 Source = Literal["verifier", "config", "certificate", "votes", "canaries", "unknown"]
 
@@ -147,41 +149,96 @@ def noise_of(scores: pl.DataFrame, candidates: pl.DataFrame, rules: Rules) -> No
     is theirs over n. A judge's dimensions are summed vote by vote, so that errors common to them
     count in full; errors of different judges are taken as independent.
     """
+    return noise_from(noise_sums(scores, candidates, rules), rules)
+
+
+@dataclass(frozen=True, slots=True)
+class Votes:
+    """What a judge's votes tell of its noise."""
+
+    dimensions: tuple[str, ...]
+    """Weighted dimensions that it voted on, sorted."""
+    variances: tuple[float, ...]
+    """Exact sum over answers of the variance of the weighted sum of their scores on these."""
+    answers: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseSums:
+    """What `noise_of` needs to know of some prompts; those of different prompts add up exactly."""
+
+    squares: tuple[float, ...]
+    """Exact sum of squared distances of usable answers' values from their prompt's mean."""
+    sizes: Mapping[int, int]
+    """Usable answers of a prompt, two or more -> how many prompts have as many."""
+    votes: Mapping[str, Votes]
+    """By judge."""
+
+    def __add__(self, other: NoiseSums) -> NoiseSums:
+        """The sums of both."""
+        judges = sorted({*self.votes, *other.votes})
+        return NoiseSums(
+            exact_sum([*self.squares, *other.squares]),
+            dict(sorted((Counter(self.sizes) + Counter(other.sizes)).items())),
+            {j: _together([s.votes[j] for s in (self, other) if j in s.votes]) for j in judges},
+        )
+
+
+def _together(votes: Sequence[Votes]) -> Votes:
+    """A judge's votes on different prompts. Answers count that have votes on all of its dimensions,
+    and where it voted on fewer of them there are none."""
+    dimensions = tuple(sorted({d for some in votes for d in some.dimensions}))
+    whole = [some for some in votes if some.dimensions == dimensions]
+    return Votes(
+        dimensions,
+        exact_sum([v for some in whole for v in some.variances]),
+        sum(some.answers for some in whole),
+    )
+
+
+def noise_sums(scores: pl.DataFrame, candidates: pl.DataFrame, rules: Rules) -> NoiseSums:
+    """What `noise_from` makes the noise of; arguments as those of `noise_of`."""
     values = candidates.filter("usable").group_by("p", maintain_order=True).agg(
         pl.len(), squares=pl.col("value").var(ddof=0) * pl.len()
     )  # fmt: skip
     several = values.filter(pl.col("len") > 1)
+    sizes = several["len"].value_counts().sort("len")
+    voted = {d: w for d, w in sorted(rules.weights.items()) if _told(d, rules) is None}
+    return NoiseSums(exact_sum(several["squares"]), dict(sizes.iter_rows()), _votes(scores, voted))
+
+
+def noise_from(sums: NoiseSums, rules: Rules) -> Noise:
+    """The noise, from the sums over all prompts."""
+    several = sum(sums.sizes.values())
     spread = None
-    if several.height:
-        freedom = int(several["len"].sum()) - several.height
-        spread = math.sqrt(float(several["squares"].sum()) / freedom)
+    if several:
+        freedom = sum(size * prompts for size, prompts in sums.sizes.items()) - several
+        spread = math.sqrt(math.fsum(sums.squares) / freedom)
+    by_judge = [votes for votes in sums.votes.values() if votes.answers]
+    known = {d for votes in by_judge for d in votes.dimensions}
     sources: dict[str, Source] = {}
-    again: dict[str, float] = {}
+    variance = math.fsum(math.fsum(v.variances) / v.answers for v in by_judge)
     for d in sorted(rules.weights):
-        given = _told_again(d, rules)
-        if d in rules.deterministic:
-            sources[d] = "verifier"
-        elif given is not None:
-            sources[d], again[d] = given
-    voted = {d: w for d, w in sorted(rules.weights.items()) if d not in sources}
-    by_judge = _vote_variances(scores, voted)
-    known = {d for dimensions in by_judge for d in dimensions}
-    for d in voted:
-        sources[d] = "votes" if d in known else "canaries" if d in rules.canary_sd else "unknown"
-        if sources[d] == "canaries":
-            again[d] = rules.canary_sd[d]
-    variance = sum(by_judge.values()) + sum((rules.weights[d] * x) ** 2 for d, x in again.items())
+        told = _told(d, rules)
+        if told is None and d in known:
+            sources[d] = "votes"
+            continue
+        if told is None and d in rules.canary_sd:
+            told = "canaries", rules.canary_sd[d]
+        sources[d], again = told or ("unknown", 0.0)
+        variance += (rules.weights[d] * again) ** 2
     sd = None if "unknown" in sources.values() else math.sqrt(variance)
     margin = None
-    if sd is not None and len(several):
-        sizes = several["len"].value_counts().sort("len")
-        ranges = sum(n * expected_range(k) for k, n in sizes.iter_rows())
-        margin = sd * ranges / len(several)
-    return Noise(sd, spread, dict(sorted(sources.items())), margin)
+    if sd is not None and several:
+        ranges = sum(n * expected_range(k) for k, n in sorted(sums.sizes.items()))
+        margin = sd * ranges / several
+    return Noise(sd, spread, sources, margin)
 
 
-def _told_again(dimension: str, rules: Rules) -> tuple[Source, float] | None:
+def _told(dimension: str, rules: Rules) -> tuple[Source, float] | None:
     """Where the standard deviation of a score asked for again is given, and what it is."""
+    if dimension in rules.deterministic:
+        return "verifier", 0.0
     if dimension in rules.retest_sd:
         return "config", rules.retest_sd[dimension]
     if dimension in rules.certified_sd:
@@ -189,24 +246,20 @@ def _told_again(dimension: str, rules: Rules) -> tuple[Source, float] | None:
     return None
 
 
-def _vote_variances(
-    scores: pl.DataFrame, weights: Mapping[str, float]
-) -> dict[tuple[str, ...], float]:
-    """Dimensions of one judge -> variance of their weighted sum of scores, where votes tell."""
+def _votes(scores: pl.DataFrame, weights: Mapping[str, float]) -> dict[str, Votes]:
+    """Judge -> what its votes on these dimensions tell, where it cast two or more."""
     voted = scores.filter(
-        pl.col("dimension").is_in(list(weights)),
-        pl.col("votes").list.len() >= 2,
-        ~pl.col("abstained"),
+        pl.col("dimension").is_in(list(weights)), pl.col("votes").list.len() >= 2, is_score()
     )
     found = {}
-    for judged in voted.partition_by("judge", maintain_order=False) if voted.height else []:
+    for (judge,), judged in voted.partition_by("judge", as_dict=True).items():
         dimensions = tuple(sorted(judged["dimension"].unique()))
-        votes = _votes_wide(judged, dimensions)
-        if votes.height:
-            total = reduce(operator.add, (pl.col(d) * weights[d] for d in dimensions))
-            variance = (total.list.var() / total.list.len()).mean()
-            found[dimensions] = votes.select(variance).item()
-    return found
+        total = reduce(operator.add, (pl.col(d) * weights[d] for d in dimensions))
+        variances = _votes_wide(judged, dimensions).select(total.list.var() / total.list.len())
+        known = variances.to_series()
+        known = known.filter(known.is_finite())
+        found[judge] = Votes(dimensions, exact_sum(known), known.len())
+    return dict(sorted(found.items()))
 
 
 def _votes_wide(judged: pl.DataFrame, dimensions: Iterable[str]) -> pl.DataFrame:

@@ -27,11 +27,13 @@ from rlhf.config_selection import ColdStart
 from rlhf.errors import DataGateError
 from rlhf.funnel import (
     Constraints,
-    Count,
-    count_steps,
+    Counts,
+    Left,
+    as_steps,
     failed_completions,
     failed_pairs,
     kept_pairs,
+    left_after,
     unusable_scores,
 )
 from rlhf.noise import noise_of, settled
@@ -96,6 +98,38 @@ def select_pairs(
     """
     candidates = checked_candidates(completions, scores, prompts, rules)
     rules = settled(rules, lambda: noise_of(scores, candidates, rules))
+    part = part_of(candidates, completions, scores, prompts, rules, round)
+    kept = capped(part.pairs, rules.max_pairs)
+    return Selected(pairs_table(kept, completions, rules), funnel_of(part.counts, kept, rules))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What selection makes of some prompts, before the cap on all pairs.
+
+    `pairs` has prompt_id, category, cluster, prompt, margin, and with the suffixes `_c` and `_r`
+    sample, reward, scores and `row`, the answer's place among the completions; not sorted.
+    """
+
+    pairs: pl.DataFrame
+    counts: Counts
+
+
+def part_of(
+    candidates: pl.DataFrame,
+    completions: pl.DataFrame,
+    scores: pl.DataFrame,
+    prompts: pl.DataFrame,
+    rules: Rules,
+    round: int,
+) -> Part:
+    """The pairs that the strategy takes, and what was counted on the way.
+
+    `candidates` are those of the tables, which are sound, and `rules.min_margin` is settled.
+
+    Raises:
+        ValueError: two sets of prompt tokens for one prompt.
+    """
     constraints = Constraints(chosen_steps(rules), pair_steps(rules))
     picked, best_and_worst, kept, failed = [], 0, [], []
     for pairs, extremes in judged_pairs(candidates, completions, rules, round):
@@ -105,29 +139,41 @@ def select_pairs(
         kept.append(kept_pairs(pairs, constraints.pair))
         failed.append(failed_pairs(pairs, constraints.pair))
     about = prompts.select("prompt_id", "category", "cluster", "prompt")
-    uncapped = _described(pl.concat(picked), candidates).join(about, on="prompt_id", how="left")
-    capped = _capped(uncapped, rules.max_pairs)
+    found = _described(pl.concat(picked), candidates).join(about, on="prompt_id", how="left")
+    _check_prompt_tokens(found, completions)
+    counts = Counts(
+        left=(*left_after(candidates, pl.concat(kept).sum(), constraints), _left(found)),
+        completions=failed_completions(candidates, constraints.chosen),
+        pairs=pl.concat(failed).sum().row(0, named=True),
+        best_and_worst=best_and_worst,
+        unusable=unusable_scores(scores, rules.needed, completions.height),
+    )
+    return Part(found, counts)
+
+
+def funnel_of(counts: Counts, kept: pl.DataFrame, rules: Rules) -> dict[str, Any]:
+    """The funnel, from the counts of all prompts and the pairs (columns prompt_id and sample_c)
+    that the cap left."""
     cap = "no cap is set" if rules.max_pairs is None else f"more than {rules.max_pairs} pairs"
-    last = [
-        Count(*step, left.select("prompt_id", "sample_c").n_unique(), left["prompt_id"].n_unique())
-        for step, left in ((why_not(rules), uncapped), (("cap", cap), capped))
-    ]
-    funnel = {
-        "steps": count_steps(candidates, pl.concat(kept).sum(), constraints, last),
-        "alone": {
-            "completions": failed_completions(candidates, constraints.chosen),
-            "pairs": pl.concat(failed).sum().row(0, named=True),
-        },
+    steps = [(step.name, step.why) for step in (*chosen_steps(rules), *pair_steps(rules))]
+    named = [*steps, why_not(rules), ("cap", cap)]
+    return {
+        "steps": as_steps(named, [*counts.left, _left(kept)]),
+        "alone": {"completions": dict(counts.completions), "pairs": dict(counts.pairs)},
         "yield": {
-            "largest_admissible": last[0].prompts,
-            "best_and_worst_then_filter": best_and_worst,
+            "largest_admissible": counts.left[-1].prompts,
+            "best_and_worst_then_filter": counts.best_and_worst,
         },
-        "unusable_scores": unusable_scores(scores, rules.needed, completions.height),
+        "unusable_scores": {d: dict(of) for d, of in counts.unusable.items()},
         "strategy": rules.strategy,
         "min_margin": rules.min_margin,
-        "pairs": capped.height,
+        "pairs": kept.height,
     }
-    return Selected(_pairs_table(capped, completions, rules), funnel)
+
+
+def _left(pairs: pl.DataFrame) -> Left:
+    chosen = pairs.select("prompt_id", "sample_c").n_unique()
+    return Left(chosen, pairs["prompt_id"].n_unique())
 
 
 def cold_start(completions: pl.DataFrame, scores: pl.DataFrame, rules: Rules) -> dict[str, Any]:
@@ -194,11 +240,12 @@ def _described(pairs: pl.DataFrame, candidates: pl.DataFrame) -> pl.DataFrame:
     return pl.concat([prompt, pairs.select("margin"), chosen, rejected], how="horizontal")
 
 
-def _capped(pairs: pl.DataFrame, max_pairs: int | None) -> pl.DataFrame:
+def capped(pairs: pl.DataFrame, max_pairs: int | None) -> pl.DataFrame:
     """Largest margins first, each category in proportion to its pairs.
 
-    The k-th largest of a category's n pairs stands at (k - 1/2) / n of the queue; ties go by
-    category, then prompt_id, then the samples.
+    Pairs need prompt_id, category, margin, sample_c and sample_r, and come back sorted by prompt_id
+    and samples. The k-th largest of a category's n pairs stands at (k - 1/2) / n of the queue; ties
+    go by category, then prompt_id, then the samples.
     """
     by_name = ["prompt_id", "sample_c", "sample_r"]
     if max_pairs is None:
@@ -213,10 +260,15 @@ def _capped(pairs: pl.DataFrame, max_pairs: int | None) -> pl.DataFrame:
     )
 
 
-def _pairs_table(best: pl.DataFrame, completions: pl.DataFrame, rules: Rules) -> pl.DataFrame:
-    chosen, rejected = (completions[best[f"row{side}"]] for side in ("_c", "_r"))
-    if not chosen["prompt_token_ids"].equals(rejected["prompt_token_ids"]):
+def _check_prompt_tokens(pairs: pl.DataFrame, completions: pl.DataFrame) -> None:
+    tokens = completions["prompt_token_ids"]
+    if not tokens.gather(pairs["row_c"]).equals(tokens.gather(pairs["row_r"])):
         raise ValueError("the answers of one prompt were sampled from different prompt_token_ids")
+
+
+def pairs_table(best: pl.DataFrame, completions: pl.DataFrame, rules: Rules) -> pl.DataFrame:
+    """Pairs (as a `Part` has them) with their texts and tokens: schema `pairs_schema`."""
+    chosen, rejected = (completions[best[f"row{side}"]] for side in ("_c", "_r"))
     schema = pairs_schema(rules.needed)
     return best.with_columns(
         chosen["prompt_token_ids"],

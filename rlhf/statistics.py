@@ -7,7 +7,7 @@ sums whole clusters, never single prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,23 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+def exact_sum(values: Iterable[float]) -> tuple[float, ...]:
+    """The exact sum of finite values, as the few floats that it is the sum of, largest first.
+
+    Sums of parts, taken together, are the sum of the whole to the last bit: `math.fsum` rounds once
+    (Shewchuk 1997, Adaptive Precision Floating-Point Arithmetic,
+    https://doi.org/10.1007/PL00009321), and what it rounds off is summed again until nothing is.
+
+    >>> exact_sum([1e16, 1.0, 1e-16])
+    (1e+16, 1.0, 1e-16)
+    """
+    known = list(values)
+    parts: list[float] = []
+    while rest := math.fsum([*known, *(-part for part in parts)]):
+        parts.append(rest)
+    return tuple(parts)
 
 
 def cluster_mean(values: Floats, clusters: Sequence[str], resamples: int, seed: int) -> Interval:

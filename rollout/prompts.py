@@ -14,7 +14,7 @@ from typing import Any, Final
 import polars as pl
 
 from rlhf.config_rollout import Prompts, PromptSource
-from rlhf.duplicates import near_duplicates, similarities
+from rlhf.duplicates import repeating
 from rlhf.errors import InputError
 from rlhf.types import Message, Prompt
 from rollout.prompt_sources import cut, digest, named, read_pool, squeezed
@@ -164,13 +164,10 @@ def _without_near_duplicates(
     ordered = [(split, p) for split in reversed(SPLITS) for p in pools[split]]
     turns = pl.Series([_asked(p) for _, p in ordered], dtype=pl.String)
     contexts = pl.Series([p.context or "" for _, p in ordered], dtype=pl.String)
-    found = near_duplicates(turns + "\n" + contexts, most, seed)["kept"]
-    stands = found == pl.Series(range(len(ordered)))
-    alike = [similarities(texts, texts.gather(found)) > most for texts in (turns, contexts)]
-    falls = ~stands.to_numpy() & alike[0] & alike[1]
+    found = repeating([turns, contexts], most, seed)["kept"]
     kept: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
-    for (split, prompt), fallen in zip(ordered, falls, strict=True):
-        if not fallen:
+    for index, (stands_for, (split, prompt)) in enumerate(zip(found, ordered, strict=True)):
+        if stands_for == index:
             kept[split].append(prompt)
     return kept
 

@@ -9,16 +9,9 @@ from datasketch import MinHash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf import duplicates
-from rlhf.duplicates import (
-    min_hashes,
-    near_duplicates,
-    permutations,
-    rows_per_band,
-    shingle_sets,
-    similar_pairs,
-    similarities,
-)
+from rlhf import duplicates, minhash
+from rlhf.duplicates import near_duplicates, similar_pairs, similarities
+from rlhf.minhash import min_hashes, permutations, rows_per_band, shingle_sets
 
 Rng = np.random.Generator
 
@@ -29,7 +22,7 @@ def words(rng: Rng, count: int) -> list[str]:
 
 
 def shingles(text: str) -> set[str]:
-    padded = text.ljust(duplicates.SHINGLE)
+    padded = text.ljust(minhash.SHINGLE)
     return {padded[i : i + 5] for i in range(len(padded) - 4)}
 
 
@@ -133,8 +126,8 @@ def test_what_is_kept_stays_itself_and_stands_no_later(texts: list[str], thresho
 def test_bands_reach_the_recall_and_no_more_rows_would() -> None:
     for threshold in (0.5, 0.7, 0.8, 0.9, 0.95):
         rows = rows_per_band(threshold)
-        missed = [(1 - threshold**r) ** (duplicates.PERMUTATIONS // r) for r in (rows, rows + 1)]
-        assert missed[0] <= 1 - duplicates.RECALL < missed[1]
+        missed = [(1 - threshold**r) ** (minhash.PERMUTATIONS // r) for r in (rows, rows + 1)]
+        assert missed[0] <= 1 - minhash.RECALL < missed[1]
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.1, float("nan")])
@@ -152,7 +145,7 @@ def test_similarities_row_by_row_are_jaccards(monkeypatch: pytest.MonkeyPatch) -
     rng = np.random.default_rng(4)
     one = [" ".join(words(rng, 6)) for _ in range(40)] + ["", "a"]
     other = [text[: rng.integers(0, 40)] + " more" for text in one[:40]] + ["", "b"]
-    monkeypatch.setattr(duplicates, "_BLOCK_PAIRS", 7)
+    monkeypatch.setattr(duplicates, "BLOCK_PAIRS", 7)
     found = similarities(pl.Series(one), pl.Series(other))
     squeezed = [[" ".join(t.split()) for t in texts] for texts in (one, other)]
     plain = [jaccard(a, b) for a, b in zip(*squeezed, strict=True)]

@@ -1,0 +1,211 @@
+"""Selection shard by shard: what `select_pairs` does with all answers at once.
+
+A folder is as a round leaves it: `completions/` and `scores/` with Parquet parts of the same names,
+where parts of one name hold all answers to some prompts and all their scores, and
+`prompts.parquet`. What shards give adds up (`NoiseSums`, `Counts`) or is put together (pairs), so
+pairs and funnel don't depend on how parts are shared out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from rlhf.candidates import check_listed, checked_candidates
+from rlhf.errors import InputError
+from rlhf.funnel import Counts
+from rlhf.noise import NoiseSums, noise_sums
+from rlhf.rules import Rules
+from rlhf.selection import Selected, capped, funnel_of, pairs_table, part_of, select_pairs
+from rlhf.types import COMPLETIONS, SCORES
+
+SHARD_BYTES = 32 * 2**20
+"""Files of about that size are one shard; in memory its answers are several times as large."""
+PAIR = ("prompt_id", "chosen_sample", "rejected_sample")
+"""What tells the pairs of a table apart, and sorts it."""
+
+_PROMPTS = pl.Schema(dict.fromkeys(("prompt_id", "category", "cluster", "prompt"), pl.String))
+# Behaviour log-probs and judges' words take room and select nothing.
+_ANSWERS = pl.Schema({n: t for n, t in COMPLETIONS.items() if n != "logps"})
+_SCORES = pl.Schema({n: t for n, t in SCORES.items() if n not in ("spread", "reason")})
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Some prompts: files that hold all their answers, and all scores of these."""
+
+    completions: tuple[Path, ...]
+    scores: tuple[Path, ...]
+    prompts: Path
+    """A file that lists these prompts, and others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What the whole needs to know of a shard's pairs."""
+
+    prompt_ids: pl.Series
+    """Each of the shard's prompts once."""
+    counts: Counts
+    pairs: pl.DataFrame
+    """What `capped` looks at: prompt_id, category, margin, sample_c, sample_r."""
+
+
+def shards_of(folder: Path, size: int = SHARD_BYTES) -> list[Shard]:
+    """The folder's parts, in order, as shards of about `size` bytes on disk.
+
+    Raises:
+        InputError: something is missing, parts don't match, or a file has other columns.
+    """
+    prompts = folder / "prompts.parquet"
+    completions, scores = (_parts(folder / name) for name in ("completions", "scores"))
+    names = [[path.name for path in parts] for parts in (completions, scores)]
+    if unmatched := sorted(set(names[0]) ^ set(names[1])):
+        raise InputError(
+            f"{folder} must have a part of scores for each part of completions, and "
+            f"{unmatched[0]} is in one of them only"
+        )
+    wanted = ((completions, _ANSWERS), (scores, _SCORES), ([prompts], _PROMPTS))
+    for paths, schema in wanted:
+        for path in paths:
+            _check_columns(path, schema)
+    pairs = zip(completions, scores, strict=True)
+    groups = _packed([(c, s, c.stat().st_size + s.stat().st_size) for c, s in pairs], size)
+    return [Shard(tuple(c), tuple(s), prompts) for c, s in groups]
+
+
+def read(shard: Shard) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Completions, their scores and their prompts, as `select_pairs` takes them."""
+    completions = pl.read_parquet(list(shard.completions), columns=list(_ANSWERS))
+    scores = pl.read_parquet(list(shard.scores), columns=list(_SCORES))
+    ids = completions["prompt_id"].unique()
+    listed = pl.scan_parquet(shard.prompts).select(list(_PROMPTS))
+    return completions, scores, listed.filter(pl.col("prompt_id").is_in(ids.implode())).collect()
+
+
+def whole(shards: Sequence[Shard], rules: Rules, round: int) -> Selected:
+    """`select_pairs` of all shards at once.
+
+    Raises what `select_pairs` does, with InputError for what is wrong with the tables.
+    """
+    answers = [path for shard in shards for path in shard.completions]
+    judged = [path for shard in shards for path in shard.scores]
+    completions = pl.read_parquet(answers, columns=list(_ANSWERS))
+    scores = pl.read_parquet(judged, columns=list(_SCORES))
+    prompts = pl.read_parquet(shards[0].prompts, columns=list(_PROMPTS))
+    with _sound(shards[0].prompts.parent):
+        return select_pairs(completions, scores, prompts, rules, round)
+
+
+def shard_noise(shard: Shard, rules: Rules) -> NoiseSums:
+    """What `noise_from` needs of a shard. Raises InputError where its tables are not sound."""
+    _, scores, candidates, _ = _checked(shard, rules)
+    return noise_sums(scores, candidates, rules)
+
+
+def shard_pairs(shard: Shard, rules: Rules, round: int) -> tuple[Summary, pl.DataFrame]:
+    """A shard's pairs before the cap (schema `pairs_schema(rules.needed)`), and what they come to;
+    `rules.min_margin` is settled.
+
+    Raises InputError where its tables are not sound.
+    """
+    completions, scores, candidates, prompts = _checked(shard, rules)
+    with _sound(shard.completions[0]):
+        part = part_of(candidates, completions, scores, prompts, rules, round)
+    light = part.pairs.select("prompt_id", "category", "margin", "sample_c", "sample_r")
+    summary = Summary(completions["prompt_id"].unique(), part.counts, light)
+    return summary, pairs_table(part.pairs, completions, rules)
+
+
+def together(
+    summaries: Sequence[Summary], folder: Path, rules: Rules
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """The columns `PAIR` of the pairs that the cap leaves, sorted by them, and the funnel.
+
+    Raises:
+        InputError: a prompt is in two shards.
+    """
+    _check_apart(pl.concat(s.prompt_ids for s in summaries), folder)
+    kept = capped(pl.concat(s.pairs for s in summaries), rules.max_pairs)
+    counts = reduce(add, (s.counts for s in summaries))
+    named = {"sample_c": "chosen_sample", "sample_r": "rejected_sample"}
+    return kept.rename(named).select(PAIR), funnel_of(counts, kept, rules)
+
+
+def check_prompts(path: Path) -> None:
+    """`check_listed` of a file of prompts, with InputError."""
+    with _sound(path):
+        check_listed(pl.read_parquet(path, columns=["prompt_id", "category"]))
+
+
+def _checked(
+    shard: Shard, rules: Rules
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Completions, scores, candidates and prompts."""
+    completions, scores, prompts = read(shard)
+    with _sound(shard.completions[0]):
+        candidates = checked_candidates(completions, scores, prompts, rules)
+    return completions, scores, candidates, prompts
+
+
+@contextmanager
+def _sound(where: Path) -> Iterator[None]:
+    """Tables that are not sound were given by the user, who is told where."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _check_apart(prompt_ids: pl.Series, folder: Path) -> None:
+    if twice := prompt_ids.filter(prompt_ids.is_duplicated()).sort().to_list():
+        raise InputError(
+            f"{folder} must have all answers to a prompt in one part, and prompt {twice[0]!r} is "
+            "in several; sort its completions and its scores by prompt_id and split both at the "
+            "same prompts"
+        )
+
+
+def _parts(folder: Path) -> list[Path]:
+    parts = sorted(folder.glob("*.parquet")) if folder.is_dir() else []
+    if not parts:
+        raise InputError(
+            f"{folder} must be a folder of Parquet parts, as a round's completions and scores are"
+        )
+    return parts
+
+
+def _check_columns(path: Path, schema: pl.Schema) -> None:
+    try:
+        found = pl.read_parquet_schema(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise InputError(f"{path} must be a Parquet file: {error}") from None
+    for name, dtype in schema.items():
+        if found.get(name) != dtype:
+            raise InputError(f"{path} must have {name} as {dtype}, got {found.get(name, 'none')}")
+
+
+def _packed(
+    parts: Sequence[tuple[Path, Path, int]], size: int
+) -> Iterator[tuple[list[Path], list[Path]]]:
+    """Neighbouring parts together, up to `size` bytes; a larger one is alone."""
+    completions: list[Path] = []
+    scores: list[Path] = []
+    total = 0
+    for answers, judged, size_of in parts:
+        if completions and total + size_of > size:
+            yield completions, scores
+            completions, scores, total = [], [], 0
+        completions.append(answers)
+        scores.append(judged)
+        total += size_of
+    yield completions, scores
