@@ -69,11 +69,19 @@ class Seat:
                 num_cpus=self.cpus,
                 num_gpus=self.gpus,
                 max_concurrency=concurrency,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self.group, placement_group_bundle_index=self.bundle
-                ),
+                scheduling_strategy=self._here,
             )
             .remote(*arguments)
+        )
+
+    def ask(self, function: Callable[[], Any]) -> Any:
+        """A reference to what a function gives in a process at this place."""
+        return ray.remote(function).options(num_cpus=0, scheduling_strategy=self._here).remote()
+
+    @property
+    def _here(self) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(
+            self.group, placement_group_bundle_index=self.bundle
         )
 
 

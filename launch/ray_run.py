@@ -19,6 +19,7 @@ from launch.roles import Roles, Say
 from rlhf.config import RunConfig
 from rlhf.errors import InputError
 from rlhf.protocols import Generator, Learner
+from rollout.transfer import shared_memory
 
 if TYPE_CHECKING:
     from launch.actors import Learners, Seat
@@ -68,6 +69,13 @@ class _Actors:
         from launch.actors import Generators
 
         return Generators(self._seats[1], roles, longest, self._say)
+
+    def memories(self) -> list[str | None]:
+        """See `Team.memories`: the driver's, which hashes what is written, and every seat's."""
+        import ray
+
+        asked = [seat.ask(shared_memory) for seats in self._seats for seat in seats]
+        return [shared_memory(), *ray.get(asked)]
 
     def close(self) -> None:
         """End the learner's ranks; the generators' end is the loop's."""

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf import protocols
 from rlhf.config import RunConfig
 from rlhf.config_offline import Trains
 from rlhf.protocols import Generator
 from rollout.imports import resolve_path
+from rollout.transfer import shared_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,23 @@ class Roles:
         from rlhf.policy import load_tokenizer
 
         return load_tokenizer(self.config.model, self.path)
+
+    @cached_property
+    def version_bytes(self) -> int:
+        """What a version's whole weights take as they are published; no weight is read."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from rlhf.policy import DTYPES
+
+        model = self.config.model
+        trusted = {"trust_remote_code": model.trust_remote_code}
+        described = AutoConfig.from_pretrained(self.path, revision=model.revision, **trusted)
+        with torch.device("meta"):
+            empty: Any = AutoModelForCausalLM.from_config(
+                described, dtype=DTYPES[model.precision], **trusted
+            )
+        return sum(p.numel() * p.element_size() for p in empty.parameters())
 
     def learner(
         self, say: Say, shard: Callable[[Policy, Trains], Sharding] | None = None
@@ -111,6 +129,11 @@ class Team(Protocol):
         """The generator that the loop calls; prompts have at most `longest` tokens."""
         ...
 
+    def memories(self) -> list[str | None]:
+        """What `rollout.transfer.shared_memory` says in each process that writes or loads weights;
+        asked once the learner is there."""
+        ...
+
 
 class Alone:
     """All of it in this process."""
@@ -122,6 +145,10 @@ class Alone:
     def generator(self, roles: Roles, longest: int) -> Generator:
         """See `Team.generator`."""
         return roles.generator(longest)
+
+    def memories(self) -> list[str | None]:
+        """See `Team.memories`."""
+        return [shared_memory()]
 
 
 def model_path(config: Trains) -> str:
