@@ -91,11 +91,19 @@ class GeneratorActor:
     def __init__(self, roles: Roles, longest: int) -> None:
         hush()
         hush_transformers()
+        self._said: list[str] = []
         self._generator = roles.generator(longest)
+        self._generator.concurrency.say = self._said.append
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """What the generator's method gives."""
-        return getattr(self._generator, method)(*arguments)
+        """What the generator's method gives, or the one of this class that is named so."""
+        target = self if method == "news" else self._generator
+        return getattr(target, method)(*arguments)
+
+    def news(self) -> list[str]:
+        """What was worth saying since the last time."""
+        news, self._said[:] = [*self._said], []
+        return news
 
     def identity(self) -> tuple[str, int]:
         """(node, process)."""
@@ -236,8 +244,11 @@ class Generators:
         return loaded
 
     def sleep(self) -> None:
-        """See `Generator.sleep`."""
+        """See `Generator.sleep`; says what they had to say while they worked."""
         self._all("sleep")
+        for at, lines in enumerate(self._all("news")):
+            for line in lines:
+                self._say(f"generator {at}: {line}")
 
     def wake(self) -> Loaded | None:
         """See `Generator.wake`."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rlhf.learner import Learner
     from rlhf.policy import Policy
     from rlhf.sharding import Sharding
+    from rollout.transformers_generator import TransformersGenerator
+    from rollout.vllm_generator import VllmGenerator
 
 Say = Callable[[str], None]
 
@@ -74,7 +76,7 @@ class Roles:
         policy = Policy(config.model, self.path, self.plan.device, config.run.seed)
         return Learner(policy, config, say, shard)
 
-    def generator(self, longest: int) -> Generator:
+    def generator(self, longest: int) -> TransformersGenerator | VllmGenerator:
         """A generator of the policy's versions, for prompts of at most `longest` tokens."""
         from rlhf.policy import DTYPES, stop_token_ids
 
