@@ -73,11 +73,19 @@ class Seat:
                 num_cpus=self.cpus,
                 num_gpus=self.gpus,
                 max_concurrency=concurrency,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self.group, placement_group_bundle_index=self.bundle
-                ),
+                scheduling_strategy=self._here,
             )
             .remote(*arguments)
+        )
+
+    def ask(self, function: Callable[[], Any]) -> Any:
+        """A reference to what a function gives in a process at this place."""
+        return ray.remote(function).options(num_cpus=0, scheduling_strategy=self._here).remote()
+
+    @property
+    def _here(self) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(
+            self.group, placement_group_bundle_index=self.bundle
         )
 
 
@@ -98,11 +106,19 @@ class GeneratorActor:
     def __init__(self, roles: Roles, longest: int) -> None:
         hush()
         hush_transformers()
+        self._said: list[str] = []
         self._generator = roles.generator(longest)
+        self._generator.concurrency.say = self._said.append
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """What the generator's method gives."""
-        return getattr(self._generator, method)(*arguments)
+        """What the generator's method gives, or the one of this class that is named so."""
+        target = self if method == "news" else self._generator
+        return getattr(target, method)(*arguments)
+
+    def news(self) -> list[str]:
+        """What was worth saying since the last time."""
+        news, self._said[:] = [*self._said], []
+        return news
 
     def identity(self) -> tuple[str, int]:
         """(node, process)."""
@@ -209,7 +225,7 @@ class Generators:
                 at = free.popleft()
                 running[self._actors[at].call.remote("generate", *job)] = at, number, job
             if not running:
-                return
+                break
             (ready,), _ = ray.wait(list(running), num_returns=1)
             at, number, job = running.pop(ready)
             free.append(at)
@@ -221,6 +237,9 @@ class Generators:
                 again.append((number, job))
                 continue
             yield number, drawn
+        for at, lines in enumerate(self._all("news")):
+            for line in lines:
+                self._say(f"generator {at}: {line}")
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """See `Generator.generate`; by the first."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.judging import Judging, Sharing
@@ -23,6 +24,7 @@ from rlhf.tracking import Trackers
 from rlhf.tracking import build as build_trackers
 from rollout.judges.panel import InProcess, planned_calls
 from rollout.prompts import Pools, load_pools, prompt_table, sample_round
+from rollout.transfer import Room, make_way
 
 if TYPE_CHECKING:
     from rlhf.stage_base import Parts
@@ -132,18 +134,19 @@ class Wiring:
         from rollout.weight_sync import Serving
 
         hush_transformers()
-        config, plan, store, judging = self.config, self.plan, self.store, self.judging
+        config, plan, judging = self.config, self.plan, self.judging
         roles = Roles(config, plan)
         pools = load_pools(config.prompts, config.run.seed, prompt_encoder(roles.tokenizer))
         for line in (_counted(pools), *_calls(config, pools, judging)):
             watchers.terminal.say(line)
         learner = self.team.learner(roles, watchers.terminal.say)
+        folder = self._way(roles, watchers.terminal.say)
         longest = max(len(p.token_ids) for p in (*pools.train, *pools.gate, *pools.final))
         serving = Serving(
             lambda: self.team.generator(roles, longest),
             learner,
             plan.sync,
-            store.folder / "published",
+            folder,
             pools.train,
             lambda found: watchers.terminal.say(_parity_line(found)),
         )
@@ -169,6 +172,18 @@ class Wiring:
         finally:
             serving.close()
             judging.close()
+
+    def _way(self, roles: Roles, say: Callable[[str], None]) -> Path:
+        """The folder that versions travel through, empty of what a killed run left there."""
+        from launch.doctor.probes import ask_memory
+
+        run = self.store.folder
+        if self.plan.sync == "adapter":
+            return make_way("disk", run, [], Room(0, 0))[0]
+        room = Room(roles.version_bytes, ask_memory().available)
+        folder, said = make_way(self.config.rollout.transfer, run, self.team.memories(), room)
+        say(said)
+        return folder
 
 
 def _counted(pools: Pools) -> str:

@@ -70,6 +70,11 @@ def place(
     adapter = not config.model.whole and on_gpu and same_base
     automatic: Literal["adapter", "merged"] = "adapter" if adapter else "merged"
     sync = automatic if config.rollout.sync == "auto" else config.rollout.sync
+    if sync == "adapter" and config.rollout.transfer == "memory":
+        raise InputError(
+            "rollout.transfer memory is for whole weights, but here the adapter alone travels; use "
+            "auto, or rollout.sync merged"
+        )
     if sync == "adapter" and tuning == "qlora" and not vllm_nf4:
         raise InputError(
             "model.tuning qlora needs vLLM's bitsandbytes plugin to serve the NF4 base: "

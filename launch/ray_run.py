@@ -19,6 +19,7 @@ from rlhf.config import RunConfig
 from rlhf.errors import InputError
 from rlhf.protocols import Generator, Learner
 from rollout.judges.panel import Engines, InProcess
+from rollout.transfer import shared_memory
 
 if TYPE_CHECKING:
     from launch.actors import Learners, Seats
@@ -79,6 +80,14 @@ class _Actors:
     def _tell(self, text: str) -> None:
         # Judges are built before anybody listens.
         self._say(text)
+
+    def memories(self) -> list[str | None]:
+        """See `Team.memories`: the driver's, which hashes what is written, and every seat's."""
+        import ray
+
+        working = [*self._seats.of["learner"], *self._seats.of["generator"]]
+        asked = [seat.ask(shared_memory) for seat in working]
+        return [shared_memory(), *ray.get(asked)]
 
     def close(self) -> None:
         """End the learner's ranks; the generators' end is the loop's."""

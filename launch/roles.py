@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf import protocols
 from rlhf.config import RunConfig
@@ -15,6 +15,7 @@ from rlhf.config_offline import Trains
 from rlhf.protocols import Generator
 from rollout.imports import resolve_path
 from rollout.judges.panel import Engines, InProcess
+from rollout.transfer import shared_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from rlhf.learner import Learner
     from rlhf.policy import Policy
     from rlhf.sharding import Sharding
+    from rollout.transformers_generator import TransformersGenerator
+    from rollout.vllm_generator import VllmGenerator
 
 Say = Callable[[str], None]
 
@@ -46,6 +49,23 @@ class Roles:
 
         return load_tokenizer(self.config.model, self.path)
 
+    @cached_property
+    def version_bytes(self) -> int:
+        """What a version's whole weights take as they are published; no weight is read."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from rlhf.policy import DTYPES
+
+        model = self.config.model
+        trusted = {"trust_remote_code": model.trust_remote_code}
+        described = AutoConfig.from_pretrained(self.path, revision=model.revision, **trusted)
+        with torch.device("meta"):
+            empty: Any = AutoModelForCausalLM.from_config(
+                described, dtype=DTYPES[model.precision], **trusted
+            )
+        return sum(p.numel() * p.element_size() for p in empty.parameters())
+
     def learner(
         self, say: Say, shard: Callable[[Policy, Trains], Sharding] | None = None
     ) -> Learner:
@@ -61,7 +81,7 @@ class Roles:
         policy = Policy(config.model, self.path, self.plan.device, config.run.seed, partition)
         return Learner(policy, config, say, shard)
 
-    def generator(self, longest: int) -> Generator:
+    def generator(self, longest: int) -> TransformersGenerator | VllmGenerator:
         """A generator of the policy's versions, for prompts of at most `longest` tokens."""
         from rlhf.policy import DTYPES, stop_token_ids
 
@@ -120,6 +140,11 @@ class Team(Protocol):
         """Where the models of judges are held."""
         ...
 
+    def memories(self) -> list[str | None]:
+        """What `rollout.transfer.shared_memory` says in each process that writes or loads weights;
+        asked once the learner is there."""
+        ...
+
 
 class Alone:
     """All of it in this process."""
@@ -135,6 +160,10 @@ class Alone:
     def engines(self, device: str) -> Engines:
         """See `Team.engines`."""
         return InProcess(device)
+
+    def memories(self) -> list[str | None]:
+        """See `Team.memories`."""
+        return [shared_memory()]
 
 
 def model_path(config: Trains) -> str:

@@ -35,6 +35,7 @@ from rlhf.group import Group
 from rlhf.interrupts import Interrupts, to_stderr
 from rlhf.protocols import Generator, Job, Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
+from rollout import transfer
 from rollout.judges.panel import Engines, InProcess
 
 if TYPE_CHECKING:
@@ -407,6 +408,11 @@ class Leading:
         with self.lead.together("following", "make_generator", longest):
             return SharedGenerator(roles.generator(longest), self.lead)
 
+    def memories(self) -> list[str | None]:
+        """See `Team.memories`: a rank each."""
+        nothing: list[tuple[Any, ...]] = [()] * self.lead.group.world
+        return self.lead.each("transfer", transfer, "shared_memory", nothing)
+
 
 class Following:
     """What the other ranks hold; rank 0's calls reach it by name."""
@@ -416,6 +422,7 @@ class Following:
         own = roles.learner(lambda _: None, lambda policy, _: shard(policy, roles.config, group))
         self.targets: dict[str, Any] = {
             "following": self,
+            "transfer": transfer,
             "learner": FollowingLearner(own, interrupts),
         }
 

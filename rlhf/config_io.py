@@ -37,6 +37,7 @@ NEUTRAL = (
     "run.directory",
     "rollout.memory_gib",
     "rollout.gpu_memory_share",
+    "rollout.transfer",
     "judges.cache",
     "judges.uncertified",
     "learner.checkpoint_steps",

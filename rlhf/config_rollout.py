@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from rlhf.config_base import Section
 
+Transfer = Literal["auto", "memory", "disk"]
+
 
 class PromptSource(Section):
     """One split's prompts: exactly one of path, dataset or function."""
@@ -93,6 +95,11 @@ class Rollout(Section):
     sync: Literal["auto", "adapter", "merged"] = "auto"
     """How weights reach the generator. `auto`: merged on a CPU (hot LoRA decodes twelve times
     slower there) and for full tuning, the adapter alone on a GPU."""
+    transfer: Transfer = "auto"
+    """Where whole weights lie on their way to generators. `memory`: a private folder of /dev/shm,
+    where all processes of the run are on one host, so that no disk slows a publish; `disk`: the
+    run's folder, which every node sees; `auto`: memory where it can be had, else disk, and the log
+    says why. An adapter is small and always takes the run's folder."""
     parity_completions: Annotated[int, Field(ge=2)] = 16
     """Completions scored by learner and generator after every publish."""
     parity_tolerance: Annotated[float, Field(gt=0)] | None = None

@@ -6,7 +6,8 @@ until it ends. `generate` would carry ended answers along to the last one's end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rlhf.errors import InputError
 from rlhf.logprobs import collate, split_rows, token_logps
 from rlhf.protocols import Loaded, Published, Sampling
 from rlhf.types import Completion, FinishReason, Prompt
+from rollout.concurrency import Concurrency
 from rollout.nucleus import keep_nucleus
 from rollout.weight_sync import weights_sha256
 
@@ -41,7 +43,7 @@ class TransformersGenerator:
         self.stop_ids = tuple(stop_ids)
         self.dtype = dtype
         self.device = device
-        self.max_concurrency = max_concurrency
+        self.concurrency = Concurrency(max_concurrency, "the Transformers generator")
         self._model: nn.Module | None = None
         self._loaded: Loaded | None = None
 
@@ -54,24 +56,11 @@ class TransformersGenerator:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """See `Generator.generate`. In fp32 on a CPU the same call gives the same bytes."""
         assert self._loaded is not None
-        torch.manual_seed(sampling.seed)
-        size = max(1, self.max_concurrency // sampling.samples)
-        found: list[Completion] = []
-        for start in range(0, len(prompts), size):
-            found += self._generate(prompts[start : start + size], sampling)
-        return found
+        return self.concurrency.work(lambda: self._generate_all(prompts, sampling))
 
-    @torch.no_grad()
     def logps(self, completions: Sequence[Completion]) -> list[list[float]]:
         """See `Generator.logps`."""
-        found: list[list[float]] = []
-        for start in range(0, len(completions), 16):
-            part = completions[start : start + 16]
-            batch = collate(
-                [(c.prompt_token_ids, c.token_ids) for c in part], self.stop_ids[0], self.device
-            )
-            found += split_rows(token_logps(self.model, batch), batch)
-        return found
+        return self.concurrency.work(lambda: self._score_all(completions))
 
     def load(self, published: Published) -> Loaded:
         """See `Generator.load`."""
@@ -126,6 +115,26 @@ class TransformersGenerator:
         model.load_adapter(str(path), adapter_name=new)
         model.set_adapter(new)
         model.delete_adapter(old)
+
+    def _generate_all(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        torch.manual_seed(sampling.seed)
+        found: list[Completion] = []
+        for part, samples in _portions(prompts, sampling.samples, self.concurrency.now):
+            drawn = self._generate(part, replace(sampling, samples=len(samples)))
+            found += [replace(c, sample=samples[c.sample]) for c in drawn]
+        return found
+
+    @torch.no_grad()
+    def _score_all(self, completions: Sequence[Completion]) -> list[list[float]]:
+        found: list[list[float]] = []
+        size = min(16, self.concurrency.now)
+        for start in range(0, len(completions), size):
+            part = completions[start : start + size]
+            batch = collate(
+                [(c.prompt_token_ids, c.token_ids) for c in part], self.stop_ids[0], self.device
+            )
+            found += split_rows(token_logps(self.model, batch), batch)
+        return found
 
     @torch.no_grad()
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
@@ -202,6 +211,16 @@ class TransformersGenerator:
             reason,
             self._loaded.version,
         )
+
+
+def _portions(
+    prompts: Sequence[Prompt], samples: int, most: int
+) -> Iterator[tuple[Sequence[Prompt], range]]:
+    """Prompts with the samples of each that are drawn together: at most `most` sequences."""
+    size = max(1, most // samples)
+    for start in range(0, len(prompts), size):
+        for first in range(0, samples, most):
+            yield prompts[start : start + size], range(first, min(samples, first + most))
 
 
 def _draw(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

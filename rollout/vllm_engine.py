@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf.config_judges import Engine
 from rlhf.errors import InputError
+from rollout.concurrency import Concurrency, MemoryShortError, ran_out
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +42,17 @@ class EngineOptions:
 class InProcessEngine:
     """One engine. It shares this process, so that sleep, reload and close act on it directly."""
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: EngineOptions, name: str) -> None:
         self.options = options
+        self.starts = 0
+        self.concurrency = Concurrency(options.max_concurrency, name)
         self._llm: Any = None
+        self._given: tuple[str, dict[str, Any]] = "", {}
         self._asleep = False
         self._beside_ranks = False
 
     @classmethod
-    def of_judge(cls, engine: Engine, device: str) -> InProcessEngine:
+    def of_judge(cls, engine: Engine, name: str, device: str) -> InProcessEngine:
         """The engine that a judge's configuration describes."""
         from rlhf.policy import DTYPES
 
@@ -58,7 +65,8 @@ class InProcessEngine:
                 memory_gib=engine.memory_gib,
                 gpu_memory_share=engine.gpu_memory_share,
                 seed=0,
-            )
+            ),
+            f"the engine of {name}",
         )
 
     @cached_property
@@ -89,6 +97,8 @@ class InProcessEngine:
 
         from rollout import vllm_compat
 
+        self._given = model, dict(arguments)
+        self.starts += 1
         # Beside other ranks the engine takes part in their groups, and leaves them as they are.
         self._beside_ranks = vllm_compat.beside_ranks()
         if self._beside_ranks:
@@ -101,13 +111,48 @@ class InProcessEngine:
             model,
             dtype=str(self.options.dtype).removeprefix("torch."),
             max_model_len=self.options.max_length,
-            max_num_seqs=self.options.max_concurrency,
+            max_num_seqs=self.concurrency.now,
             seed=self.options.seed,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             **device_arguments(self.options, self.device),
             **arguments,
         )
+
+    def reload(self, model: str) -> None:
+        """Take the weights of another folder, in place."""
+        from rollout import vllm_compat
+
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
+        vllm_compat.refresh_head(self.llm, self.device)
+        self._given = model, self._given[1]
+
+    def ask(self, work: Callable[[Any], T]) -> T:
+        """What `work` gives of vLLM's `LLM`. Where memory runs out, half way through a step, the
+        engine can't be relied on: it is started anew for half as many sequences, with what it was
+        started or reloaded with, and asked again.
+
+        Raises MemoryShortError where that can't be done, or doesn't help.
+        """
+        return self.concurrency.work(lambda: work(self.llm), self._restart)
+
+    def _restart(self) -> None:
+        if self._beside_ranks:
+            raise MemoryShortError(
+                "an engine beside other ranks ran out of memory, and can't be started anew without "
+                "them; use a smaller rollout.gpu_memory_share, which leaves more beside vLLM's own"
+            )
+        model, arguments = self._given
+        self.close()
+        try:
+            self.start(model, **arguments)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            raise MemoryShortError(
+                f"there is no memory left to start an engine anew that ran out of it: {error}; the "
+                "same command goes on from what is stored"
+            ) from error
 
     def sleep(self) -> None:
         """Move weights to host memory and free the cache; a CPU engine has no card to give back."""

@@ -14,6 +14,7 @@ from rlhf.errors import InputError, ParityError
 from rlhf.protocols import Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
 from rollout import vllm_compat
+from rollout.concurrency import Concurrency
 from rollout.vllm_engine import EngineOptions, InProcessEngine
 from rollout.weight_sync import weights_sha256
 
@@ -52,11 +53,17 @@ class VllmGenerator:
 
     def __init__(self, served: Served, options: EngineOptions) -> None:
         self._served = served
-        self._engine = InProcessEngine(options)
+        self._engine = InProcessEngine(options, "the vLLM generator")
+        self._published: Published | None = None
         self._loaded: Loaded | None = None
         self._adapter: Any = None
         self._adapters = 0
         self._checksums: Any = None
+
+    @property
+    def concurrency(self) -> Concurrency:
+        """How many sequences its engine works on at once."""
+        return self._engine.concurrency
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """See `Generator.generate`. Samples depend on what else is in the batch."""
@@ -76,8 +83,8 @@ class VllmGenerator:
             )
             for index in range(len(prompts))
         ]
-        with vllm_compat.seeded(sampling.seed):
-            outputs = self._ask([list(p.token_ids) for p in prompts], parameters)
+        rows = [list(p.token_ids) for p in prompts]
+        outputs = self._ask(rows, parameters, sampling.seed)
         return [
             Completion(
                 prompt.prompt_id,
@@ -126,12 +133,10 @@ class VllmGenerator:
         elif not self._engine.started:
             self._start(str(published.path), lora=False)
         else:
-            llm = self._engine.llm
-            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(published.path)})
-            vllm_compat.refresh_head(llm, self._engine.device)
+            self._engine.reload(str(published.path))
         self._engine.llm.reset_prefix_cache()
         self._checksums = self._weights()
-        self._loaded = Loaded(published.version, sha256)
+        self._published, self._loaded = published, Loaded(published.version, sha256)
         return self._loaded
 
     def sleep(self) -> None:
@@ -170,14 +175,33 @@ class VllmGenerator:
             **extra,
         )
 
-    def _ask(self, rows: Sequence[list[int]], parameters: Sequence[Any]) -> list[Any]:
+    def _ask(
+        self, rows: Sequence[list[int]], parameters: Sequence[Any], seed: int = 0
+    ) -> list[Any]:
         from vllm import TokensPrompt
 
-        return list(
-            self._engine.llm.generate(
-                [TokensPrompt(prompt_token_ids=row) for row in rows],
-                list(parameters),
-                use_tqdm=False,
-                lora_request=self._adapter,
+        def generate(llm: Any) -> list[Any]:
+            with vllm_compat.seeded(seed):
+                outputs: list[Any] = llm.generate(
+                    [TokensPrompt(prompt_token_ids=row) for row in rows],
+                    list(parameters),
+                    use_tqdm=False,
+                    lora_request=self._adapter,
+                )
+            return outputs
+
+        starts = self._engine.starts
+        outputs = self._engine.ask(generate)
+        if self._engine.starts != starts:
+            self._check_restarted()
+        return outputs
+
+    def _check_restarted(self) -> None:
+        """Raises ParityError unless what a new engine read is what the old one served."""
+        assert self._published is not None and self._loaded is not None
+        if weights_sha256(self._published.path) != self._loaded.sha256:
+            raise ParityError(
+                f"{self._published.path} has changed since it was loaded, and an engine that was "
+                "started anew has read it"
             )
-        )
+        self._checksums = self._weights()

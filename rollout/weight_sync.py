@@ -198,14 +198,14 @@ class Serving:
 
     def _write(self, version: int) -> Published:
         path = self._folder / f"version-{version:04d}"
+        # First, so that there is never room for two needed: in memory it may be dear.
+        for other in [*self._folder.iterdir()] if self._folder.exists() else []:
+            shutil.rmtree(other)
         with atomic_folder(path) as staging:
             if self._kind == "adapter":
                 self._learner.save(staging, "A version on its way to a generator.\n")
             else:
                 self._learner.save_merged(staging)
-        for other in self._folder.iterdir():
-            if other != path:
-                shutil.rmtree(other)
         return Published(version, path, self._kind, weights_sha256(path))
 
     def _sample(self, generator: Generator, version: int) -> list[Completion]:

@@ -401,6 +401,7 @@ NEUTRAL_CHANGES = [
     ("learner.checkpoint_steps", "3"),
     ("rollout.gpu_memory_share", "0.8"),
     ("rollout.memory_gib", "2"),
+    ("rollout.transfer", "disk"),
     ("judges.panel.0.traffic.max_calls", "1000"),
 ]
 

@@ -76,7 +76,7 @@ def test_an_engine_sleeps_once_and_wakes_only_from_sleep(
     engine: CardEngine, device: str, asked: list[str]
 ) -> None:
     """Judges wake at each question, however often they were put to sleep before it."""
-    built = InProcessEngine(engine_options(device))
+    built = InProcessEngine(engine_options(device), "a judge")
     built.sleep()
     assert not built.wake(), "what has not started does not sleep"
     built._llm = engine

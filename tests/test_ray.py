@@ -58,6 +58,8 @@ def test_actors_on_two_nodes_repeat_the_golden_run_though_one_of_each_kind_dies(
     assert not first.is_running() and not second.is_running()
     assert "died and is made anew (1 of 3)" in output
     assert "a learner rank died; all are made anew (1 of 3)" in output
+    # Both nodes are this machine.
+    assert "whole weights travel through shared memory" in output
     assert_golden(run)
 
 

@@ -95,6 +95,7 @@ def test_each_rank_serves_from_a_vllm_engine_of_its_own(tiny_model: Path, tmp_pa
     )
     status, output = finish(start(config, TORCHRUN))
     assert status == 0, output
+    assert "whole weights travel through shared memory" in output
     for generator in (0, 1):
         for version in (0, 1):
             assert f"version {version} to generator {generator}: parity holds" in output

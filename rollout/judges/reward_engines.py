@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.config_judges import RewardModelSpec
 from rlhf.errors import InputError
 from rlhf.types import Message
+from rollout.concurrency import Concurrency
 from rollout.judges.fence import harmless
 from rollout.vllm_engine import InProcessEngine, require_vllm
 
@@ -152,6 +154,7 @@ class TransformersEngine:
 
     def __init__(self, spec: RewardModelSpec, device: str) -> None:
         self._spec = spec
+        self._concurrency = Concurrency(spec.engine.max_concurrency, f"the engine of {spec.name}")
         self._device = device
         self._pad_id = 0
         self._model: Any = None
@@ -194,25 +197,28 @@ class TransformersEngine:
 
     def raw(self, rows: Rows) -> list[tuple[float, ...]]:
         """See `RewardEngine.raw`. Longest first, so that a batch is padded little."""
-        import torch
-
         self._model.to(self._device)
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found: dict[int, tuple[float, ...]] = {}
-        while order:
-            width = len(rows[order[0]])
-            size = min(self._spec.engine.max_concurrency, max(1, _TOKENS_AT_ONCE // width))
-            batch, order = order[:size], order[size:]
-            padded = [[*rows[i], *[self._pad_id] * (width - len(rows[i]))] for i in batch]
-            mask = [[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in batch]
-            with torch.inference_mode():
-                logits = self._model(
-                    input_ids=torch.tensor(padded, device=self._device),
-                    attention_mask=torch.tensor(mask, device=self._device),
-                ).logits
-            for index, row in zip(batch, logits.float().tolist(), strict=True):
-                found[index] = tuple(row)
+        while len(found) < len(order):
+            rest = order[len(found) :]
+            found |= self._concurrency.work(partial(self._first, rows, rest))
         return [found[index] for index in range(len(rows))]
+
+    def _first(self, rows: Rows, order: Sequence[int]) -> dict[int, tuple[float, ...]]:
+        """Scores of as many as are worked on at once."""
+        import torch
+
+        width = len(rows[order[0]])
+        batch = order[: min(self._concurrency.now, max(1, _TOKENS_AT_ONCE // width))]
+        padded = [[*rows[i], *[self._pad_id] * (width - len(rows[i]))] for i in batch]
+        mask = [[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in batch]
+        with torch.inference_mode():
+            logits = self._model(
+                input_ids=torch.tensor(padded, device=self._device),
+                attention_mask=torch.tensor(mask, device=self._device),
+            ).logits
+        return {i: tuple(row) for i, row in zip(batch, logits.float().tolist(), strict=True)}
 
     def sleep(self) -> None:
         """See `RewardEngine.sleep`."""
@@ -234,7 +240,7 @@ class VllmEngine:
 
     def __init__(self, spec: RewardModelSpec, field: str, device: str) -> None:
         require_vllm(field, "transformers")
-        self._engine = InProcessEngine.of_judge(spec.engine, device)
+        self._engine = InProcessEngine.of_judge(spec.engine, field, device)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """See `RewardEngine.load`. vLLM refuses weights that are not all there by itself."""
@@ -245,11 +251,13 @@ class VllmEngine:
         from vllm import PoolingParams, TokensPrompt
 
         self._engine.wake()
-        outputs = self._engine.llm.encode(
-            [TokensPrompt(prompt_token_ids=list(row)) for row in rows],
-            PoolingParams(use_activation=False),
-            pooling_task="classify",
-            use_tqdm=False,
+        outputs: list[Any] = self._engine.ask(
+            lambda llm: llm.encode(
+                [TokensPrompt(prompt_token_ids=list(row)) for row in rows],
+                PoolingParams(use_activation=False),
+                pooling_task="classify",
+                use_tqdm=False,
+            )
         )
         return [tuple(output.outputs.data.float().tolist()) for output in outputs]
 

@@ -31,7 +31,7 @@ class VllmBackend:
         self._source = resolve_path(spec.model)
         if spec.model.startswith(("/", "./", "../")) and not self._source.exists():
             raise InputError(f"{field}.model: there is no model at {spec.model}")
-        self._engine = InProcessEngine.of_judge(spec.engine, device)
+        self._engine = InProcessEngine.of_judge(spec.engine, field, device)
         self._tokenizer: Any = None
         self.identity: Mapping[str, str] = {
             "backend": "vllm",
@@ -94,7 +94,9 @@ class VllmBackend:
             for _, call, _ in asked
         ]
         prompts = [TokensPrompt(prompt_token_ids=ids) for _, _, ids in asked]
-        outputs = self._engine.llm.generate(prompts, parameters, use_tqdm=False)
+        outputs: list[Any] = self._engine.ask(
+            lambda llm: llm.generate(prompts, parameters, use_tqdm=False)
+        )
         return [_read(output.outputs[0]) for output in outputs]
 
     def _ready(self) -> None:

@@ -1,0 +1,113 @@
+"""Where a version's whole weights lie on their way to generators: in shared memory, or on disk.
+
+Shared memory is a file system like any other here: what is written, hashed, loaded and checked is
+the same folder, which never reaches a disk. It serves where the process that writes it, the one
+that hashes it and every generator see the same memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.config_rollout import Transfer
+from rlhf.errors import InputError
+from rlhf.files import remove
+
+MEMORY = Path("/dev/shm")
+BESIDE = 64 * 2**20
+"""Bytes of a version beside its weights: tokenizer, configuration, headers."""
+DISK = "published"
+"""Name of the folder in the run's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes that a version's weights take, and that the host's memory has free."""
+
+    needed: int
+    free: int
+
+
+def shared_memory() -> str | None:
+    """The shared memory that this process sees: one word for all who see the same, whatever their
+    containers; None where there is none."""
+    try:
+        if not MEMORY.is_mount() or not os.access(MEMORY, os.W_OK):
+            return None
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{kernel} {MEMORY.stat().st_dev}"
+    except OSError:
+        return None
+
+
+def memory_folder(run: Path) -> Path:
+    """Where a run's versions lie in memory: the same at each of its starts."""
+    named = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
+    return MEMORY / f"pairloop-{run.name}-{named}"
+
+
+def make_way(
+    asked: Transfer, run: Path, seen: Sequence[str | None], room: Room
+) -> tuple[Path, str]:
+    """The folder that versions are written to, and a line on why there.
+
+    `run` is the run's folder, held by this process; `seen` is what `shared_memory` said in each
+    process that writes or loads them. What a killed run left behind is removed, on disk and in
+    memory.
+
+    Raises InputError where memory is asked for and can't be had.
+    """
+    memory, disk = memory_folder(run), run / DISK
+    remove(disk)
+    if (missing := _foreign(memory)) is None:
+        remove(memory)
+        missing = _unshared(seen) or _short(room)
+    if asked == "memory" and missing is not None:
+        raise InputError(
+            f"rollout.transfer memory can't be had: {missing}; use auto or disk, which take the "
+            "run's folder"
+        )
+    if asked == "disk":
+        return disk, f"whole weights travel through {disk}"
+    if missing is not None:
+        return disk, f"whole weights travel through {disk}, since {missing}"
+    memory.mkdir(mode=0o700)
+    return memory, f"whole weights travel through shared memory, {memory}"
+
+
+def _foreign(folder: Path) -> str | None:
+    """Why a name that anybody may take can't be ours."""
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
+        return None
+    return f"{folder} is there and is no folder of this user's"
+
+
+def _unshared(seen: Sequence[str | None]) -> str | None:
+    if None in seen:
+        return f"not every process of the run has shared memory at {MEMORY}"
+    if len(found := {*seen}) > 1:
+        return f"the run's processes see {len(found)} shared memories, as on several hosts"
+    return None
+
+
+def _short(room: Room) -> str | None:
+    """What lacks: the folder has to find place, and beside it the copy that it is written from."""
+    place, needed = shutil.disk_usage(MEMORY).free, room.needed + BESIDE
+    if place < needed:
+        return f"{MEMORY} has {place / 1e6:,.0f} MB free and a version takes {needed / 1e6:,.0f}"
+    if room.free < (twice := needed + room.needed):
+        return (
+            f"the host has {room.free / 1e6:,.0f} MB of memory free, and a version with the copy "
+            f"that it is written from takes {twice / 1e6:,.0f}"
+        )
+    return None
