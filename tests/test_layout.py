@@ -28,6 +28,7 @@ def judge(name: str, share: float = 0.2) -> dict[str, Any]:
         "name": name,
         "dimensions": [f"quality of {name}"],
         "model": "google/gemma-2b-it",
+        "revision": name,
         "engine": {"gpu_memory_share": share},
     }
 
@@ -145,6 +146,14 @@ def test_separate_generators_take_the_last_gpus_and_the_learner_all_others() -> 
         Slot(0, 4),
         Slot(1, 4),
     ]
+
+
+def test_judges_that_share_an_engine_have_one_seat() -> None:
+    values = config(judges=2).model_dump()
+    for spec in values["judges"]["audit"]:
+        spec["revision"] = "main"
+    layout = next(layouts(RunConfig.model_validate(values), parse("1xA100-80GB")))
+    assert [holder.name for holder in layout.of("judge")] == ["judge0"]
 
 
 def test_judges_spread_over_gpus_and_narrow_the_learner_there() -> None:
