@@ -250,8 +250,8 @@ class Clock:
 
     def watch(self, held: Any) -> Any:
         """The object, each of its public methods timed."""
-        for name in dir(held):
-            if not name.startswith("_") and callable(getattr(held, name)):
+        for name in dir(type(held)):
+            if not name.startswith("_") and callable(getattr(type(held), name)):
                 setattr(held, name, self.wrap(getattr(held, name)))
         return held
 
