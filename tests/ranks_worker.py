@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 import torch
 import torch.distributed as dist
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from launch.spmd import join
 from rlhf import sharding
