@@ -29,7 +29,7 @@ from typing import Any
 
 RANKS = 2
 MIB = 2**20
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 512,
     "intermediate_size": 1536,
@@ -170,7 +170,7 @@ def _anonymous() -> int:
 
 def main() -> None:
     """Print what was measured as a table, or as JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", help="load these cases on this rank; a JSON list")
     parser.add_argument("--out", type=Path, help="folder with the model, for what this rank took")
     parser.add_argument("--json", action="store_true", help="a line for each case")

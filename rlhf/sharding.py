@@ -208,13 +208,11 @@ class Zero:
         self._engine.backward(loss * self.group.world)
 
     def update(self, rate: float) -> float:
-        """See `Sharding.update`. DeepSpeed skips an update that is not finite in silence, and says
-        so in `overflow`."""
+        """See `Sharding.update`. DeepSpeed skips an update that is not finite in silence; all that
+        tells of it is a norm of infinity."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._engine.step()
-        if self._engine.optimizer.overflow:
-            return math.inf
         return float(self._engine.get_global_grad_norm())
 
     def skip(self) -> None:

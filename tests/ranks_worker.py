@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 import torch
 import torch.distributed as dist
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from launch.spmd import join
 from rlhf import sharding
@@ -108,6 +109,7 @@ class Case:
             "reference": reference,
             "everywhere": self.group.gather(losses),
             "ways": repr(self.learner.scorer.ways),
+            "splits_others": is_deepspeed_zero3_enabled(),
         }
 
 

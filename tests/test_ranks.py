@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from ranks_worker import Case
 from safetensors.torch import load_file
 from small_models import save_small_model
@@ -40,6 +40,8 @@ DPO = [(stage, tuning, "dpo") for stage in STAGES for tuning in ("full", "lora")
 OTHERS = [(stage, "lora", objective) for stage in (0, 3) for objective in ("ipo", "kto", "orpo")]
 # A new adapter each round, merged into the last version.
 OTHERS += [(stage, "merged", "dpo") for stage in (0, 2, 3)]
+# From an adapter on: trained further, and merged before the first round.
+OTHERS += [(3, "given", "dpo"), (3, "given-merged", "dpo")]
 
 TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 WHOLE_MODEL = {*TOKENIZER, "config.json", "generation_config.json", "model.safetensors"}
@@ -51,10 +53,13 @@ def name(stage: int | str, tuning: str, objective: str) -> str:
 
 
 def described(model: Path, stage: int, tuning: str, objective: str, **more: Any) -> dict[str, Any]:
-    merged = tuning == "merged"
+    merged, given = tuning.endswith("merged"), tuning.startswith("given")
     config = config_for(
         model,
-        model={"tuning": "lora" if merged else tuning},
+        model={
+            "tuning": "lora" if merged or given else tuning,
+            "adapter": str(model.with_name("adapter")) if given else None,
+        },
         lora={"rounds": "new" if merged else "carry"},
         learner=SETTINGS,
         objective={"name": objective},
@@ -72,9 +77,18 @@ def described(model: Path, stage: int, tuning: str, objective: str, **more: Any)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     save_small_model(folder / "model", tied=True)
+    save_adapter(folder / "model", folder / "adapter")
     make_pairs(13).write_parquet(folder / "pairs.parquet")
     data_for({"name": "kto"}, 13).write_parquet(folder / "labels.parquet")
     return folder
+
+
+def save_adapter(model: Path, folder: Path) -> None:
+    """A random one, that changes what the model says."""
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +150,8 @@ def test_ranks_train_as_one_process_does(
     assert found["everywhere"] == [found["losses"]] * RANKS
     # Packed rows and the chunked head, found to be possible in shares as in whole models.
     assert found["ways"] == expected["ways"] and "Tail" in found["ways"]
+    # What Transformers loads next, a generator's model say, it must not split.
+    assert not found["splits_others"]
     for losses, others in zip(found["losses"], expected["losses"], strict=True):
         assert losses == pytest.approx(others, abs=1e-5)
     for logps, others in zip(found["reference"], expected["reference"], strict=True):

@@ -16,7 +16,7 @@ import yaml
 from golden_run import ROOT, finish, golden, observed, replay, start, wait_for, write_config
 
 from launch.placement import launched
-from launch.spmd import Lead, Leading, Met, join, with_launchers_zero
+from launch.spmd import Lead, Leading, Met, join, train, with_launchers_zero
 from rlhf.config import RunConfig
 from rlhf.config_io import load
 from rlhf.config_judges import LlmSpec, RewardModelSpec
@@ -184,6 +184,25 @@ def test_a_launcher_makes_it_spmd_unless_the_config_says_otherwise(
     assert launched(settings(tmp_path))
     with pytest.raises(InputError, match=r"placement\.kind is local, but a launcher started 2"):
         launched(settings(tmp_path, kind="local"))
+
+
+@pytest.mark.parametrize(
+    ("zero", "sections", "words"),
+    [
+        (1, {"model": {"precision": "fp16"}}, "model.precision fp16 does not go with"),
+        (2, {"learner": {"optimizer": "adamw_8bit"}}, "learner.optimizer adamw_8bit does not go"),
+        (3, {"model": {"tuning": "qlora"}}, "model.tuning qlora does not go with placement.zero 3"),
+    ],
+)
+def test_what_zero_can_not_do_is_refused_before_ranks_meet_or_load(
+    zero: int, sections: dict[str, dict[str, Any]], words: str, tmp_path: Path
+) -> None:
+    config = settings(tmp_path, zero=zero)
+    changed = {
+        name: getattr(config, name).model_copy(update=values) for name, values in sections.items()
+    }
+    with pytest.raises(InputError, match=words):
+        train(config.model_copy(update=changed))
 
 
 def test_spmd_without_a_launcher_says_how_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
