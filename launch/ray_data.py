@@ -85,17 +85,15 @@ def select(
         lambda number: (selection_shards.shard_noise(shards[number], given), None),
         selection_shards.SHARD_BYTES,
     )
-    rules = settled(
-        given,
-        lambda: noise_from(reduce(add, _results(noise)), given),
-    )
+    rules = settled(given, lambda: noise_from(reduce(add, _results(noise)), given))
     stored = _each(
         len(shards),
         lambda number: selection_shards.shard_pairs(shards[number], rules, round),
         selection_shards.SHARD_BYTES,
     ).materialize()
+    small = stored.select_columns(["number", "small"])
     folder = shards[0].prompts.parent
-    keys, funnel = selection_shards.together(_results(stored), folder, rules)
+    keys, funnel = selection_shards.together(_results(small), folder, rules)
     return funnel, _sorted_pairs(stored, keys, rules)
 
 
@@ -113,10 +111,10 @@ def repeating(slices: Sequence[Slice], rule: Alike) -> pl.DataFrame:
     found = keys.groupby("bucket", num_partitions=1 + buckets // 4).map_groups(
         lambda bucket: _arrow(duplicate_shards.bucket_pairs(_frame(bucket))), batch_format="pyarrow"
     )
-    candidates = _collected(found).unique()
-    return standing(
-        first, candidates if candidates.is_empty() else _similar(slices, candidates, rule)
-    )
+    candidates = _collected(found, NONE_SIMILAR.select("earlier", "later")).unique()
+    if candidates.is_empty():
+        return standing(first, NONE_SIMILAR)
+    return standing(first, _similar(slices, candidates, rule))
 
 
 def _similar(slices: Sequence[Slice], candidates: pl.DataFrame, rule: Alike) -> pl.DataFrame:
@@ -132,13 +130,12 @@ def _similar(slices: Sequence[Slice], candidates: pl.DataFrame, rule: Alike) -> 
             slices, partial(duplicate_shards.slice_texts, wanted=wanted, rule=rule, side=side)
         )
         pairs = pairs.join(texts, "inner", num_partitions=parts, on=(side,))
-    return _collected(
-        pairs.map_batches(
-            lambda batch: _arrow(duplicate_shards.similar(_frame(batch), rule)),
-            batch_size=_COMPARED,
-            batch_format="pyarrow",
-        )
+    found = pairs.map_batches(
+        lambda batch: _arrow(duplicate_shards.similar(_frame(batch), rule)),
+        batch_size=_COMPARED,
+        batch_format="pyarrow",
     )
+    return _collected(found, NONE_SIMILAR)
 
 
 def _sorted_pairs(stored: Dataset, keys: pl.DataFrame, rules: Rules) -> Iterator[pl.DataFrame]:
@@ -169,7 +166,7 @@ def _each(count: int, work: Callable[[int], tuple[Any, pl.DataFrame | None]], si
     import ray.data
 
     def run(row: dict[str, int]) -> dict[str, Any]:
-        number = row["id"]
+        number = row["item"]
         try:
             small, large = work(number)
         # An error that is meant for the user would come back inside Ray Data's own.
@@ -180,12 +177,13 @@ def _each(count: int, work: Callable[[int], tuple[Any, pl.DataFrame | None]], si
             large.write_ipc(buffer, compression="zstd")
         return {"number": number, "small": pickle.dumps(small), "large": buffer.getvalue()}
 
-    return ray.data.range(count, override_num_blocks=count).map(run, memory=EXPANSION * size)
+    numbers = ray.data.from_items(list(range(count)), override_num_blocks=count)
+    return numbers.map(run, memory=EXPANSION * size)
 
 
 def _results(rows: Dataset) -> list[Any]:
     """What `_each` gave to look at, by number. Raises the first error that is among them."""
-    found = _collected(rows.select_columns(["number", "small"])).sort("number")
+    found = _collected(rows, pl.DataFrame()).sort("number")
     results = [pickle.loads(data) for data in found["small"]]
     for result in results:
         if isinstance(result, PairloopError):
@@ -197,17 +195,21 @@ def _tables(slices: Sequence[Slice], work: Callable[[Slice], pl.DataFrame]) -> D
     """The rows that `work` makes of each slice."""
     import ray.data
 
-    return ray.data.range(len(slices), override_num_blocks=len(slices)).map_batches(
-        lambda batch: _arrow(work(slices[batch["id"][0].as_py()])),
+    numbers = ray.data.from_items(list(range(len(slices))), override_num_blocks=len(slices))
+    return numbers.map_batches(
+        lambda batch: _arrow(work(slices[batch["item"][0].as_py()])),
         batch_size=1,
         batch_format="pyarrow",
         memory=EXPANSION * duplicate_shards.SLICE_BYTES,
     )
 
 
-def _collected(rows: Dataset) -> pl.DataFrame:
-    """All rows, in this process."""
-    return pl.concat(_frame(b) for b in rows.iter_batches(batch_size=None, batch_format="pyarrow"))
+def _collected(rows: Dataset, none: pl.DataFrame) -> pl.DataFrame:
+    """All rows, in this process; `none` where there are none, since an empty data set may have lost
+    its columns."""
+    batches = rows.iter_batches(batch_size=None, batch_format="pyarrow")
+    tables = [_frame(batch) for batch in batches]
+    return pl.concat([table for table in tables if table.height] or [none])
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:
