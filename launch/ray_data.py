@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from launch.ray_run import joined
 from rlhf import duplicate_shards, selection_shards
 from rlhf.duplicate_shards import Alike, Slice
 from rlhf.duplicates import NONE_SIMILAR, first_of_equals, standing
@@ -42,9 +41,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
-EXPANSION = 12
-"""Memory that a task is given, in sizes on disk of its part of the data (measured:
-benchmarks/past_memory.py)."""
+_TASK_MEMORY = 2**30
+"""What a task that reads a shard or a slice is given, so that no node starts too many at once."""
 _JOINED_ROWS = 50_000
 _COMPARED = 10_000
 _WRITTEN_ROWS = 20_000
@@ -59,6 +57,9 @@ def cluster() -> Iterator[None]:
     """
     if find_spec("ray") is None:
         raise InputError("--ray needs Ray; pip install 'pairloop[ray]'")
+    # Tasks import this module, and have no use for what a run imports.
+    from launch.ray_run import joined
+
     with joined():
         import logging
 
@@ -83,13 +84,11 @@ def select(
     noise = _each(
         len(shards),
         lambda number: (selection_shards.shard_noise(shards[number], given), None),
-        selection_shards.SHARD_BYTES,
     )
     rules = settled(given, lambda: noise_from(reduce(add, _results(noise)), given))
     stored = _each(
         len(shards),
         lambda number: selection_shards.shard_pairs(shards[number], rules, round),
-        selection_shards.SHARD_BYTES,
     ).materialize()
     small = stored.select_columns(["number", "small"])
     folder = shards[0].prompts.parent
@@ -99,10 +98,7 @@ def select(
 
 def repeating(slices: Sequence[Slice], rule: Alike) -> pl.DataFrame:
     """`rlhf.duplicates.repeating` of all slices."""
-    size = duplicate_shards.SLICE_BYTES
-    digests = _each(
-        len(slices), lambda n: (duplicate_shards.slice_digests(slices[n], rule), None), size
-    )
+    digests = _each(len(slices), lambda n: (duplicate_shards.slice_digests(slices[n], rule), None))
     first = first_of_equals(pl.concat(_results(digests)))
     if rule.most == 1:
         return standing(first, NONE_SIMILAR)
@@ -160,9 +156,9 @@ def _sorted_pairs(stored: Dataset, keys: pl.DataFrame, rules: Rules) -> Iterator
         yield table
 
 
-def _each(count: int, work: Callable[[int], tuple[Any, pl.DataFrame | None]], size: int) -> Dataset:
+def _each(count: int, work: Callable[[int], tuple[Any, pl.DataFrame | None]]) -> Dataset:
     """A task a number below `count`; a row each of what it gives: `small`, which `_results` reads,
-    and the table `large`, if any. `size` is what it reads, in bytes on disk."""
+    and the table `large`, if any."""
     import ray.data
 
     def run(row: dict[str, int]) -> dict[str, Any]:
@@ -178,7 +174,7 @@ def _each(count: int, work: Callable[[int], tuple[Any, pl.DataFrame | None]], si
         return {"number": number, "small": pickle.dumps(small), "large": buffer.getvalue()}
 
     numbers = ray.data.from_items(list(range(count)), override_num_blocks=count)
-    return numbers.map(run, memory=EXPANSION * size)
+    return numbers.map(run, memory=_TASK_MEMORY)
 
 
 def _results(rows: Dataset) -> list[Any]:
@@ -200,7 +196,7 @@ def _tables(slices: Sequence[Slice], work: Callable[[Slice], pl.DataFrame]) -> D
         lambda batch: _arrow(work(slices[batch["item"][0].as_py()])),
         batch_size=1,
         batch_format="pyarrow",
-        memory=EXPANSION * duplicate_shards.SLICE_BYTES,
+        memory=_TASK_MEMORY,
     )
 
 

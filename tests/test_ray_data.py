@@ -27,8 +27,7 @@ selection: {floors: {correctness: 0.3}, min_margin: 0.05, %s}
 IN_SHARDS = """
 import sys
 from rlhf import duplicate_shards, selection_shards
-duplicate_shards.SLICE_BYTES = selection_shards.SHARD_BYTES = 0
-duplicate_shards.slices_of.__defaults__ = selection_shards.shards_of.__defaults__ = (6000,)
+duplicate_shards.slices_of.__defaults__ = selection_shards.shards_of.__defaults__ = (40,)
 duplicate_shards._BUCKET_KEYS = 100
 from launch.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -41,7 +40,7 @@ def patient() -> dict[str, str]:
 
 
 def pairloop(folder: Path, *words: str, small: bool = False) -> str:
-    """What a command prints; with `small`, where no task may read more than 6,000 bytes."""
+    """What a command prints; with `small`, where a task reads 40 rows."""
     start = ["-c", IN_SHARDS] if small else ["-m", "launch"]
     done = subprocess.run(
         [sys.executable, *start, "pairs", *words], cwd=folder, env=patient(),
