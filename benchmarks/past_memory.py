@@ -1,6 +1,6 @@
 """Past one machine's memory: `pairs select` and `pairs dedupe`, plain and with `--ray`.
 
-    python benchmarks/past_memory.py [--completions 1000000] [--records 200000] [--store-mib 200]
+    python benchmarks/past_memory.py [select] [dedupe] [--completions 1000000] [--records 200000]
 
 Data of the kinds of benchmarks/selection.py (8 completions a prompt, four dimensions) and
 benchmarks/duplicates.py (prompts with planted near-duplicates), in many files. Under Ray the object
@@ -36,6 +36,11 @@ judges:
       dimensions: [correctness, groundedness, problem_solution, style]
 selection: {strategy: all_pairs}
 """
+COMMANDS = {
+    "select": (("run.yaml", "round"), "{}/pairs.parquet"),
+    "dedupe": (("pool",), "{}.parquet"),
+}
+"""Their arguments, and what they write in or as `{}`."""
 _MIB = 2**20
 
 
@@ -123,6 +128,7 @@ def show(name: str, taken: Taken) -> None:
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("commands", nargs="*", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--completions", type=int, default=1_000_000)
     parser.add_argument("--records", type=int, default=200_000)
     parser.add_argument("--store-mib", type=int, default=200)
@@ -138,10 +144,9 @@ def main() -> None:
             f"{options.completions} completions ({size_of(folder / 'round') / _MIB:.0f} MiB of "
             f"files), {options.records} records ({size_of(folder / 'pool') / _MIB:.0f} MiB)"
         )
-        commands = {"select": (["run.yaml", "round"], "{}/pairs.parquet"),
-                    "dedupe": (["pool"], "{}.parquet")}  # fmt: skip
         print("                  seconds  command   worker  workers   (peak memory, MiB)")
-        for name, (words, written) in commands.items():
+        for name in options.commands:
+            words, written = COMMANDS[name]
             outs = [f"{name}-{way}" + ("" if name == "select" else ".parquet")
                     for way in ("plain", "ray")]  # fmt: skip
             plain = run(folder, [name, *words, outs[0]], options.store_mib * _MIB)

@@ -41,7 +41,8 @@ def select(
 
     rules = Rules.of(load([config]))
     _refuse_existing(out)
-    shards = shards_of(folder)
+    # Tasks of Ray have a working directory of their own.
+    shards = shards_of(folder.absolute() if ray else folder)
     if ray:
         from launch import ray_data
     with ray_data.cluster() if ray else nullcontext(), atomic_folder(out) as staging:
@@ -108,7 +109,8 @@ def dedupe(
     if fallen is not None:
         check_target(fallen)
         _refuse_existing(fallen)
-    slices = slices_of(pool)
+    # Tasks of Ray have a working directory of their own.
+    slices = slices_of(pool.absolute() if ray else pool)
     rule = Alike(text_columns(slices, text), similarity)
     if ray:
         from launch import ray_data

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from launch.ray_run import joined
 from rlhf import duplicate_shards, selection_shards
 from rlhf.duplicate_shards import Alike, Slice
 from rlhf.duplicates import NONE_SIMILAR, first_of_equals, standing
@@ -42,9 +41,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
-EXPANSION = 12
-"""Memory that a task is given, in sizes on disk of its part of the data (measured:
-benchmarks/past_memory.py)."""
+_TASK_MEMORY = 2**30
+"""What a task that reads a shard or a slice is given, so that no node starts too many at once."""
 _JOINED_ROWS = 50_000
 _COMPARED = 10_000
 _WRITTEN_ROWS = 20_000
@@ -59,6 +57,9 @@ def cluster() -> Iterator[None]:
     """
     if find_spec("ray") is None:
         raise InputError("--ray needs Ray; pip install 'pairloop[ray]'")
+    # Tasks import this module, and have no use for what a run imports.
+    from launch.ray_run import joined
+
     with joined():
         import logging
 
@@ -83,28 +84,21 @@ def select(
     noise = _each(
         len(shards),
         lambda number: (selection_shards.shard_noise(shards[number], given), None),
-        selection_shards.SHARD_BYTES,
     )
-    rules = settled(
-        given,
-        lambda: noise_from(reduce(add, _results(noise)), given),
-    )
+    rules = settled(given, lambda: noise_from(reduce(add, _results(noise)), given))
     stored = _each(
         len(shards),
         lambda number: selection_shards.shard_pairs(shards[number], rules, round),
-        selection_shards.SHARD_BYTES,
     ).materialize()
+    small = stored.select_columns(["number", "small"])
     folder = shards[0].prompts.parent
-    keys, funnel = selection_shards.together(_results(stored), folder, rules)
+    keys, funnel = selection_shards.together(_results(small), folder, rules)
     return funnel, _sorted_pairs(stored, keys, rules)
 
 
 def repeating(slices: Sequence[Slice], rule: Alike) -> pl.DataFrame:
     """`rlhf.duplicates.repeating` of all slices."""
-    size = duplicate_shards.SLICE_BYTES
-    digests = _each(
-        len(slices), lambda n: (duplicate_shards.slice_digests(slices[n], rule), None), size
-    )
+    digests = _each(len(slices), lambda n: (duplicate_shards.slice_digests(slices[n], rule), None))
     first = first_of_equals(pl.concat(_results(digests)))
     if rule.most == 1:
         return standing(first, NONE_SIMILAR)
@@ -113,10 +107,10 @@ def repeating(slices: Sequence[Slice], rule: Alike) -> pl.DataFrame:
     found = keys.groupby("bucket", num_partitions=1 + buckets // 4).map_groups(
         lambda bucket: _arrow(duplicate_shards.bucket_pairs(_frame(bucket))), batch_format="pyarrow"
     )
-    candidates = _collected(found).unique()
-    return standing(
-        first, candidates if candidates.is_empty() else _similar(slices, candidates, rule)
-    )
+    candidates = _collected(found, NONE_SIMILAR.select("earlier", "later")).unique()
+    if candidates.is_empty():
+        return standing(first, NONE_SIMILAR)
+    return standing(first, _similar(slices, candidates, rule))
 
 
 def _similar(slices: Sequence[Slice], candidates: pl.DataFrame, rule: Alike) -> pl.DataFrame:
@@ -132,13 +126,12 @@ def _similar(slices: Sequence[Slice], candidates: pl.DataFrame, rule: Alike) -> 
             slices, partial(duplicate_shards.slice_texts, wanted=wanted, rule=rule, side=side)
         )
         pairs = pairs.join(texts, "inner", num_partitions=parts, on=(side,))
-    return _collected(
-        pairs.map_batches(
-            lambda batch: _arrow(duplicate_shards.similar(_frame(batch), rule)),
-            batch_size=_COMPARED,
-            batch_format="pyarrow",
-        )
+    found = pairs.map_batches(
+        lambda batch: _arrow(duplicate_shards.similar(_frame(batch), rule)),
+        batch_size=_COMPARED,
+        batch_format="pyarrow",
     )
+    return _collected(found, NONE_SIMILAR)
 
 
 def _sorted_pairs(stored: Dataset, keys: pl.DataFrame, rules: Rules) -> Iterator[pl.DataFrame]:
@@ -163,13 +156,13 @@ def _sorted_pairs(stored: Dataset, keys: pl.DataFrame, rules: Rules) -> Iterator
         yield table
 
 
-def _each(count: int, work: Callable[[int], tuple[Any, pl.DataFrame | None]], size: int) -> Dataset:
+def _each(count: int, work: Callable[[int], tuple[Any, pl.DataFrame | None]]) -> Dataset:
     """A task a number below `count`; a row each of what it gives: `small`, which `_results` reads,
-    and the table `large`, if any. `size` is what it reads, in bytes on disk."""
+    and the table `large`, if any."""
     import ray.data
 
     def run(row: dict[str, int]) -> dict[str, Any]:
-        number = row["id"]
+        number = row["item"]
         try:
             small, large = work(number)
         # An error that is meant for the user would come back inside Ray Data's own.
@@ -180,12 +173,13 @@ def _each(count: int, work: Callable[[int], tuple[Any, pl.DataFrame | None]], si
             large.write_ipc(buffer, compression="zstd")
         return {"number": number, "small": pickle.dumps(small), "large": buffer.getvalue()}
 
-    return ray.data.range(count, override_num_blocks=count).map(run, memory=EXPANSION * size)
+    numbers = ray.data.from_items(list(range(count)), override_num_blocks=count)
+    return numbers.map(run, memory=_TASK_MEMORY)
 
 
 def _results(rows: Dataset) -> list[Any]:
     """What `_each` gave to look at, by number. Raises the first error that is among them."""
-    found = _collected(rows.select_columns(["number", "small"])).sort("number")
+    found = _collected(rows, pl.DataFrame()).sort("number")
     results = [pickle.loads(data) for data in found["small"]]
     for result in results:
         if isinstance(result, PairloopError):
@@ -197,17 +191,21 @@ def _tables(slices: Sequence[Slice], work: Callable[[Slice], pl.DataFrame]) -> D
     """The rows that `work` makes of each slice."""
     import ray.data
 
-    return ray.data.range(len(slices), override_num_blocks=len(slices)).map_batches(
-        lambda batch: _arrow(work(slices[batch["id"][0].as_py()])),
+    numbers = ray.data.from_items(list(range(len(slices))), override_num_blocks=len(slices))
+    return numbers.map_batches(
+        lambda batch: _arrow(work(slices[batch["item"][0].as_py()])),
         batch_size=1,
         batch_format="pyarrow",
-        memory=EXPANSION * duplicate_shards.SLICE_BYTES,
+        memory=_TASK_MEMORY,
     )
 
 
-def _collected(rows: Dataset) -> pl.DataFrame:
-    """All rows, in this process."""
-    return pl.concat(_frame(b) for b in rows.iter_batches(batch_size=None, batch_format="pyarrow"))
+def _collected(rows: Dataset, none: pl.DataFrame) -> pl.DataFrame:
+    """All rows, in this process; `none` where there are none, since an empty data set may have lost
+    its columns."""
+    batches = rows.iter_batches(batch_size=None, batch_format="pyarrow")
+    tables = [_frame(batch) for batch in batches]
+    return pl.concat([table for table in tables if table.height] or [none])
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:

@@ -19,8 +19,7 @@ from rlhf.minhash import I64, PERMUTATIONS, rows_per_band
 from rlhf.pair_files import MESSAGES
 from rlhf.transcripts import prompt_text
 
-SLICE_BYTES = 32 * 2**20
-"""A slice's share of its file on disk, about."""
+SLICE_RECORDS = 20_000
 TEXT = ("prompt", "messages", "context")
 """Columns by which records are compared by default, those of them that there are."""
 _BUCKET_KEYS = 1_000_000
@@ -45,8 +44,8 @@ class Alike:
     seed: int = 0
 
 
-def slices_of(path: Path, size: int = SLICE_BYTES) -> list[Slice]:
-    """The records of a Parquet file, or of a folder of them by name, in order.
+def slices_of(path: Path, size: int = SLICE_RECORDS) -> list[Slice]:
+    """The records of a Parquet file, or of a folder of them by name, in order, at most `size` each.
 
     Raises:
         InputError: no Parquet, no records, or files whose columns differ.
@@ -63,9 +62,8 @@ def slices_of(path: Path, size: int = SLICE_BYTES) -> list[Slice]:
             raise InputError(f"{file} must be a Parquet file: {error}") from None
         if columns != (schema := schema or columns):
             raise InputError(f"{file} must have the columns of {files[0]}: {schema}, got {columns}")
-        at_once = max(1, records * size // max(1, file.stat().st_size))
-        for start in range(0, records, at_once):
-            few = min(at_once, records - start)
+        for start in range(0, records, size):
+            few = min(size, records - start)
             found.append(Slice(file, start, few, first))
             first += few
     if not found:

@@ -26,8 +26,9 @@ from rlhf.rules import Rules
 from rlhf.selection import Selected, capped, funnel_of, pairs_table, part_of, select_pairs
 from rlhf.types import COMPLETIONS, SCORES
 
-SHARD_BYTES = 32 * 2**20
-"""Files of about that size are one shard; in memory its answers are several times as large."""
+SHARD_COMPLETIONS = 20_000
+"""So many are one shard: with their tokens and scores some hundred megabytes in memory, whatever
+they are compressed to."""
 PAIR = ("prompt_id", "chosen_sample", "rejected_sample")
 """What tells the pairs of a table apart, and sorts it."""
 
@@ -58,8 +59,8 @@ class Summary:
     """What `capped` looks at: prompt_id, category, margin, sample_c, sample_r."""
 
 
-def shards_of(folder: Path, size: int = SHARD_BYTES) -> list[Shard]:
-    """The folder's parts, in order, as shards of about `size` bytes on disk.
+def shards_of(folder: Path, size: int = SHARD_COMPLETIONS) -> list[Shard]:
+    """The folder's parts, in order, as shards of at most `size` completions; a larger part is one.
 
     Raises:
         InputError: something is missing, parts don't match, or a file has other columns.
@@ -77,7 +78,7 @@ def shards_of(folder: Path, size: int = SHARD_BYTES) -> list[Shard]:
         for path in paths:
             _check_columns(path, schema)
     pairs = zip(completions, scores, strict=True)
-    groups = _packed([(c, s, c.stat().st_size + s.stat().st_size) for c, s in pairs], size)
+    groups = _packed([(c, s, _rows(c)) for c, s in pairs], size)
     return [Shard(tuple(c), tuple(s), prompts) for c, s in groups]
 
 
@@ -194,18 +195,23 @@ def _check_columns(path: Path, schema: pl.Schema) -> None:
             raise InputError(f"{path} must have {name} as {dtype}, got {found.get(name, 'none')}")
 
 
+def _rows(path: Path) -> int:
+    count: int = pl.scan_parquet(path).select(pl.len()).collect().item()
+    return count
+
+
 def _packed(
     parts: Sequence[tuple[Path, Path, int]], size: int
 ) -> Iterator[tuple[list[Path], list[Path]]]:
-    """Neighbouring parts together, up to `size` bytes; a larger one is alone."""
+    """Neighbouring parts together, up to `size` completions, which are counted beside them."""
     completions: list[Path] = []
     scores: list[Path] = []
     total = 0
-    for answers, judged, size_of in parts:
-        if completions and total + size_of > size:
+    for answers, judged, count in parts:
+        if completions and total + count > size:
             yield completions, scores
             completions, scores, total = [], [], 0
         completions.append(answers)
         scores.append(judged)
-        total += size_of
+        total += count
     yield completions, scores

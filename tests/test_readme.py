@@ -128,6 +128,8 @@ SHOWS = {
     "pairloop pairs analyze train.jsonl test.jsonl": "identical",
     "pairloop pairs filter train.jsonl kept.jsonl --fallen fallen.jsonl": "kept.jsonl",
     "pairloop pairs convert kept.jsonl kto.parquet --to labels-chat": "kto.parquet",
+    "pairloop pairs dedupe pool distinct.parquet --similarity 0.8": "2 stay in distinct.parquet",
+    "pairloop pairs select runs/demo/config.yaml runs/demo/rounds/0001 again": "written to again",
     "pairloop report runs/demo": "runs/demo/report.html",
     "pairloop submit slurm run.yaml --nodes 2 --ranks-per-node 8 --dry-run": "ntasks-per-node=8",
     "pairloop submit slurm run.yaml --nodes 2 --ranks-per-node 8": "#SBATCH --nodes=2",
@@ -184,10 +186,13 @@ def judged(folder: Path) -> None:
 
 
 def paired(folder: Path) -> None:
-    """Two preference files; in the first, one pair of 30 teaches nothing."""
+    """Two preference files, in the first of which one pair of 30 teaches nothing; and a pool."""
     rows = [{"prompt": f"Q{i}?", "chosen": f"Answer {i}.", "rejected": "No."} for i in range(31)]
     jsonl(folder / "train.jsonl", *rows[:29], {**rows[29], "chosen": "No."})
     jsonl(folder / "test.jsonl", rows[30])
+    (folder / "pool").mkdir()
+    asked = ["When do you open?", "when do you  open?", "Where are you?"]
+    pl.DataFrame({"prompt": asked}).write_parquet(folder / "pool/prompts.parquet")
 
 
 def filed(folder: Path) -> None:
@@ -265,6 +270,7 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "pairloop judge audit": audited,
     "pairloop judge cache": ran,
     "pairloop judge sample": ran,
+    "pairloop pairs select": ran,
     "pairloop pairs": paired,
     "pairloop dpo": filed,
     "pairloop sweep": swept,
@@ -338,7 +344,7 @@ def test_what_the_commands_on_pairs_write(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     paired(tmp_path)
-    (together,) = (block for block in told() if "pairs" in block[0])
+    (together,) = (block for block in told() if "pairs analyze" in block[0])
     for command in together:
         run(command, capsys)
     assert [len(Path(f"{n}.jsonl").read_text().splitlines()) for n in ("kept", "fallen")] == [29, 1]
