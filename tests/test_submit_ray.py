@@ -60,10 +60,12 @@ def test_a_dry_run_prints_the_command_that_does_the_same(
     text = printed(capsys, "ray", "run.yaml", "--address", SERVER, "--learner.epochs", "3")
     job = '--working-dir . --runtime-env-json \'{"excludes": ["/runs/"]}\''
     train = "pairloop train run.yaml --learner.epochs=3"
-    assert text == f"RAY_API_SERVER_ADDRESS={SERVER} ray job submit {job} -- {train}\n"
+    assert text == f"ray job submit --address {SERVER} {job} -- {train}\n"
     elsewhere = printed(capsys, "ray", "run.yaml", "--run.directory", "/shared/runs")
     train = "pairloop train run.yaml --run.directory=/shared/runs"
     assert elsewhere == f"ray job submit --working-dir . -- {train}\n"
+    beside = printed(capsys, "ray", "run.yaml", "--run.directory", str(folder))
+    assert '{"excludes": ["/trial/"]}' in beside
     assert not (folder / "runs").exists()
 
 
@@ -93,6 +95,22 @@ def test_what_could_not_run_is_refused(
     assert main(["submit", "ray", *words]) == 2
     assert says in capsys.readouterr().err
     assert not (folder / "runs").exists()
+
+
+def test_an_address_that_rays_client_would_not_take_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert main(["submit", "ray", "run.yaml", "--address", SERVER]) == 2
+    assert f"--address is {SERVER}, but RAY_ADDRESS is auto" in capsys.readouterr().err
+
+
+def test_without_ray_the_extra_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray.job_submission", None)
+    assert main(["submit", "ray", "run.yaml", "--address", SERVER]) == 2
+    assert "pip install 'pairloop[ray]'" in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_is_not_submitted_again(
@@ -173,6 +191,24 @@ def test_a_stop_that_comes_before_there_is_a_run_is_heard(
     assert (folder / "requeued").read_text() == "requeue 20034\n"
 
 
+def test_a_job_whose_ray_does_not_start_fails(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables = {"STATUS": "0", "STATE": "", "WAITS": ""}
+    text = ray_script(folder, capsys)
+    started = Started(folder, text, variables, "#!/bin/sh\necho no Ray\n")
+    assert started.end() == (1, "no Ray\n")
+
+
+def test_nodes_that_look_for_their_head_do_not_keep_the_job(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables = {"STATUS": "3", "STATE": "", "WAITS": "", "LATE": ""}
+    text = ray_script(folder, capsys).replace("timeout 30 ", "timeout 1 ")
+    lags = SRUN_RAY.replace('exec "$@"', '"$@"; exec sleep 1000')
+    assert Started(folder, text, variables, lags).end()[0] == 3
+
+
 def test_each_job_has_a_token_of_its_own_that_stands_in_no_argument(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +269,7 @@ def test_a_sweep_is_submitted_as_an_array_and_a_job_after_it(
         (["--sweep", "--nodes", "2"], "each point of a sweep is one process, but 2 x 1"),
         (["--held-out", "online.yaml"], "--held-out online.yaml is about a sweep"),
         (["--sweep", "--data.path", "gone.jsonl"], "gone.jsonl"),
+        (["--sweep", "--held-out", "gone.yaml"], "gone.yaml"),
     ],
 )
 def test_a_sweep_that_could_not_run_is_refused(
