@@ -24,13 +24,19 @@ from rlhf import load_config
 from rlhf.errors import InputError
 from rlhf.files import FolderLock
 
-# As the head's symmetric-run does: what stands after its own arguments.
 SRUN_RAY = """#!/bin/sh
-touch waiting
 echo "$@" > srun
-until [ "$LATE" != yes ] || [ -e runs/trial-20034.word/stop ]; do :; done
-while [ "$1" != bash ]; do shift; done
+export SLURM_NODEID=0
 exec "$@"
+"""
+# As symmetric-run on the head does: what stands after its own arguments.
+RAY = """#!/bin/sh
+touch waiting
+echo "$@" > ray
+until [ "$LATE" != yes ] || [ -e runs/trial-20034.word/stop ]; do :; done
+while [ "$1" != -- ]; do shift; done
+shift
+"$@"
 """
 SBATCH = """#!/bin/sh
 echo "$@" >> submitted; echo $((11 + $(wc -l < submitted)))
@@ -153,9 +159,10 @@ def test_under_ray_a_slurm_job_has_one_task_a_node_with_all_that_is_asked_for(
 
 def ray_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """A script whose pairloop is a stand-in."""
-    names = '("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_JOB_STOP_WAIT_TIME_S")'
+    names = '("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")'
     stand_in = re.sub(r'\("MASTER_ADDR".*\)', names, SRUN)
     program(folder, "pairloop", stand_in.format(python=sys.executable, deadline=DEADLINE))
+    program(folder, "ray", RAY)
     text = printed(capsys, "slurm", "run.yaml", "--nodes", "2")
     return fill_in(text, {}, {"programs": str(folder / "bin"), "run": "runs/trial"})
 
@@ -206,6 +213,7 @@ def test_nodes_that_look_for_their_head_do_not_keep_the_job(
     variables = {"STATUS": "3", "STATE": "", "WAITS": "", "LATE": ""}
     text = ray_script(folder, capsys).replace("timeout 30 ", "timeout 1 ")
     lags = SRUN_RAY.replace('exec "$@"', '"$@"; exec sleep 1000')
+    assert lags != SRUN_RAY
     assert Started(folder, text, variables, lags).end()[0] == 3
 
 
@@ -223,11 +231,11 @@ def test_each_job_has_a_token_of_its_own_that_stands_in_no_argument(
         seen = json.loads((folder / place / "seen.json").read_text())
         assert seen["arguments"] == ["train", "run.yaml"]
         assert (seen["RAY_ADDRESS"], seen["RAY_AUTH_MODE"]) == ("n7:6379", "token")
-        assert int(seen["RAY_JOB_STOP_WAIT_TIME_S"]) >= 600
         assert re.fullmatch("[0-9a-f]{64}", seen["RAY_AUTH_TOKEN"])
-        given = (folder / place / "srun").read_text()
-        assert given.startswith("ray symmetric-run --address n7:6379 --min-nodes 2 --num-cpus 3 --")
-        assert seen["RAY_AUTH_TOKEN"] not in given
+        given = (folder / place / "ray").read_text()
+        size = "--address n7:6379 --min-nodes 2 --num-cpus 3"
+        assert given.startswith(f"symmetric-run {size} --include-dashboard=false -- bash")
+        assert seen["RAY_AUTH_TOKEN"] not in given + (folder / place / "srun").read_text()
         tokens.add(seen["RAY_AUTH_TOKEN"])
     assert len(tokens) == 2
 
