@@ -45,23 +45,24 @@ def entrypoint(config: RunConfig, paths: Sequence[Path], settings: Sequence[str]
 
 
 def environment(config: RunConfig) -> dict[str, Any]:
-    """What the job's processes work in: the working directory, less the run that grows in it."""
+    """What the job's processes work in: the working directory, less the runs that grow in it."""
     found: dict[str, Any] = {"working_dir": "."}
-    directory = Path(config.run.directory)
-    if directory.is_relative_to(Path.cwd()):
-        found["excludes"] = [f"/{directory.relative_to(Path.cwd())}/"]
+    here, runs = Path.cwd(), Path(config.run.directory)
+    if runs == here:
+        runs /= config.run.name
+    if runs.is_relative_to(here):
+        found["excludes"] = [f"/{runs.relative_to(here)}/"]
     return found
 
 
 def command(address: str | None, runtime: dict[str, Any], words: Sequence[str]) -> str:
     """The line that submits a job with Ray's own command."""
     more = {key: value for key, value in runtime.items() if key != "working_dir"}
-    options = ["--working-dir", runtime["working_dir"]]
+    options = [] if address is None else ["--address", address]
+    options += ["--working-dir", runtime["working_dir"]]
     if more:
         options += ["--runtime-env-json", json.dumps(more)]
-    # Ray's --address gives way to these variables.
-    where = f"{ADDRESSES[0]}={shlex.quote(address)} " if address else ""
-    return f"{where}ray job submit {shlex.join([*options, '--', *words])}\n"
+    return f"ray job submit {shlex.join([*options, '--', *words])}\n"
 
 
 def submit(
@@ -72,16 +73,10 @@ def submit(
     Raises InputError where there is no Ray here or no cluster there, where it wants another token
     or refuses the job, or where a process works on the run.
     """
-    where = address or next(filter(None, map(os.environ.get, ADDRESSES)), None)
-    if where is None:
-        raise InputError(
-            f"a Ray job needs a cluster: --address http://HEAD:8265, or {ADDRESSES[0]}, must say "
-            "where it is"
-        )
+    where = _address(address)
     run = Path(config.run.directory) / config.run.name
     if run.is_dir():
         FolderLock(run).release()
-    os.environ[ADDRESSES[0]] = where
     try:
         from ray.exceptions import AuthenticationError, RayError
         from ray.job_submission import JobSubmissionClient
@@ -106,6 +101,23 @@ def submit(
         f"log: ray job logs --follow {at}\n"
         f"stop; submitted again, it goes on: ray job stop {at}\n"
     )
+
+
+def _address(given: str | None) -> str:
+    for name in ADDRESSES:
+        if found := os.environ.get(name):
+            if given not in (None, found):
+                raise InputError(
+                    f"--address is {given}, but {name} is {found}, and Ray's client would go "
+                    "there; unset one of them"
+                )
+            return found
+    if given is None:
+        raise InputError(
+            f"a Ray job needs a cluster: --address http://HEAD:8265, or {ADDRESSES[0]}, must say "
+            "where it is"
+        )
+    return given
 
 
 def check_inside(config: RunConfig) -> None:

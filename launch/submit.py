@@ -62,15 +62,14 @@ def slurm(
         rehearse(loaded)
         print(text if dry_run else jobs.submit(loaded, text), end="")
         return 0
-    from launch.offline import rehearse as rehearse_point
+    from launch.sweep import rehearse as rehearse_points
     from rlhf.sweep import grid
 
     folder, points = grid(paths, overrides)
     if held_out is not None:
         arguments += ["--held-out", str(held_out)]
     text = jobs.sweep_script(folder, points, arguments, job)
-    for point in points:
-        rehearse_point(point.config)
+    rehearse_points(folder, points, held_out)
     print(text if dry_run else jobs.submit_sweep(folder, points, text), end="")
     return 0
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from launch.held_out import answers, config_for
 from launch.local import rehearse as rehearse_run
 from launch.machines import this_machine
-from launch.offline import rehearse, train
+from launch.offline import rehearse as rehearse_point
+from launch.offline import train
 from launch.placement import device_of, settle
 from launch.quiet import hush
 from launch.terminal import Terminal
@@ -40,11 +41,8 @@ def sweep(
     points = [replace(point, config=settle(point.config, machine)) for point in points]
     for point in points:
         device_of(point.config, machine.gpus > 0, machine.capability)
-        # Whatever can be refused is, before the first point is trained.
-        rehearse(point.config)
-    judged = None if held_out is None else config_for(held_out, folder, points)
-    if judged is not None:
-        rehearse_run(judged)
+    # Whatever can be refused is, before the first point is trained.
+    judged = rehearse(folder, points, held_out)
     if only is not None:
         if not 1 <= only <= len(points):
             raise InputError(f"--point must be 1 to {len(points)}, as there are points, got {only}")
@@ -70,6 +68,20 @@ def sweep(
         outcomes = _judged(judged, points, outcomes, terminal)
     _write(folder, outcomes, terminal)
     return status
+
+
+def rehearse(folder: Path, points: Sequence[Point], held_out: Path | None) -> RunConfig | None:
+    """Read files and judges as a sweep would, without a model; the run of its held-out answers.
+
+    Raises InputError where a sweep would.
+    """
+    for point in points:
+        rehearse_point(point.config)
+    if held_out is None:
+        return None
+    judged = config_for(held_out, folder, points)
+    rehearse_run(judged)
+    return judged
 
 
 def _judged(

@@ -138,6 +138,9 @@ def test_the_wheel_alone_makes_a_slurm_job(installed: Path, tmp_path: Path) -> N
     template = (ROOT / "slurm/spmd.sbatch").read_text()
     assert text.splitlines()[-10:] == template.splitlines()[-10:]
     assert f"\narguments=({config})\n" in text
+    scripts = {path.name: path.read_text() for path in (ROOT / "slurm").iterdir()}
+    packed = (installed / "launch/sbatch").iterdir()
+    assert {path.name: path.read_text() for path in packed} == scripts
 
 
 def test_the_wheels_doctor_knows_its_requirements_and_the_tested_versions(

@@ -24,13 +24,19 @@ from rlhf import load_config
 from rlhf.errors import InputError
 from rlhf.files import FolderLock
 
-# As the head's symmetric-run does: what stands after its own arguments.
 SRUN_RAY = """#!/bin/sh
-touch waiting
 echo "$@" > srun
-until [ "$LATE" != yes ] || [ -e runs/trial-20034.word/stop ]; do :; done
-while [ "$1" != bash ]; do shift; done
+export SLURM_NODEID=0
 exec "$@"
+"""
+# As symmetric-run on the head does: what stands after its own arguments.
+RAY = """#!/bin/sh
+touch waiting
+echo "$@" > ray
+until [ "$LATE" != yes ] || [ -e runs/trial-20034.word/stop ]; do :; done
+while [ "$1" != -- ]; do shift; done
+shift
+"$@"
 """
 SBATCH = """#!/bin/sh
 echo "$@" >> submitted; echo $((11 + $(wc -l < submitted)))
@@ -60,10 +66,12 @@ def test_a_dry_run_prints_the_command_that_does_the_same(
     text = printed(capsys, "ray", "run.yaml", "--address", SERVER, "--learner.epochs", "3")
     job = '--working-dir . --runtime-env-json \'{"excludes": ["/runs/"]}\''
     train = "pairloop train run.yaml --learner.epochs=3"
-    assert text == f"RAY_API_SERVER_ADDRESS={SERVER} ray job submit {job} -- {train}\n"
+    assert text == f"ray job submit --address {SERVER} {job} -- {train}\n"
     elsewhere = printed(capsys, "ray", "run.yaml", "--run.directory", "/shared/runs")
     train = "pairloop train run.yaml --run.directory=/shared/runs"
     assert elsewhere == f"ray job submit --working-dir . -- {train}\n"
+    beside = printed(capsys, "ray", "run.yaml", "--run.directory", str(folder))
+    assert '{"excludes": ["/trial/"]}' in beside
     assert not (folder / "runs").exists()
 
 
@@ -93,6 +101,22 @@ def test_what_could_not_run_is_refused(
     assert main(["submit", "ray", *words]) == 2
     assert says in capsys.readouterr().err
     assert not (folder / "runs").exists()
+
+
+def test_an_address_that_rays_client_would_not_take_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert main(["submit", "ray", "run.yaml", "--address", SERVER]) == 2
+    assert f"--address is {SERVER}, but RAY_ADDRESS is auto" in capsys.readouterr().err
+
+
+def test_without_ray_the_extra_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray.job_submission", None)
+    assert main(["submit", "ray", "run.yaml", "--address", SERVER]) == 2
+    assert "pip install 'pairloop[ray]'" in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_is_not_submitted_again(
@@ -135,9 +159,10 @@ def test_under_ray_a_slurm_job_has_one_task_a_node_with_all_that_is_asked_for(
 
 def ray_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """A script whose pairloop is a stand-in."""
-    names = '("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_JOB_STOP_WAIT_TIME_S")'
+    names = '("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")'
     stand_in = re.sub(r'\("MASTER_ADDR".*\)', names, SRUN)
     program(folder, "pairloop", stand_in.format(python=sys.executable, deadline=DEADLINE))
+    program(folder, "ray", RAY)
     text = printed(capsys, "slurm", "run.yaml", "--nodes", "2")
     return fill_in(text, {}, {"programs": str(folder / "bin"), "run": "runs/trial"})
 
@@ -173,6 +198,25 @@ def test_a_stop_that_comes_before_there_is_a_run_is_heard(
     assert (folder / "requeued").read_text() == "requeue 20034\n"
 
 
+def test_a_job_whose_ray_does_not_start_fails(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables = {"STATUS": "0", "STATE": "", "WAITS": ""}
+    text = ray_script(folder, capsys)
+    started = Started(folder, text, variables, "#!/bin/sh\necho no Ray\n")
+    assert started.end() == (1, "no Ray\n")
+
+
+def test_nodes_that_look_for_their_head_do_not_keep_the_job(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables = {"STATUS": "3", "STATE": "", "WAITS": "", "LATE": ""}
+    text = ray_script(folder, capsys).replace("timeout 30 ", "timeout 1 ")
+    lags = SRUN_RAY.replace('exec "$@"', '"$@"; exec sleep 1000')
+    assert lags != SRUN_RAY
+    assert Started(folder, text, variables, lags).end()[0] == 3
+
+
 def test_each_job_has_a_token_of_its_own_that_stands_in_no_argument(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,11 +231,11 @@ def test_each_job_has_a_token_of_its_own_that_stands_in_no_argument(
         seen = json.loads((folder / place / "seen.json").read_text())
         assert seen["arguments"] == ["train", "run.yaml"]
         assert (seen["RAY_ADDRESS"], seen["RAY_AUTH_MODE"]) == ("n7:6379", "token")
-        assert int(seen["RAY_JOB_STOP_WAIT_TIME_S"]) >= 600
         assert re.fullmatch("[0-9a-f]{64}", seen["RAY_AUTH_TOKEN"])
-        given = (folder / place / "srun").read_text()
-        assert given.startswith("ray symmetric-run --address n7:6379 --min-nodes 2 --num-cpus 3 --")
-        assert seen["RAY_AUTH_TOKEN"] not in given
+        given = (folder / place / "ray").read_text()
+        size = "--address n7:6379 --min-nodes 2 --num-cpus 3"
+        assert given.startswith(f"symmetric-run {size} --include-dashboard=false -- bash")
+        assert seen["RAY_AUTH_TOKEN"] not in given + (folder / place / "srun").read_text()
         tokens.add(seen["RAY_AUTH_TOKEN"])
     assert len(tokens) == 2
 
@@ -233,6 +277,7 @@ def test_a_sweep_is_submitted_as_an_array_and_a_job_after_it(
         (["--sweep", "--nodes", "2"], "each point of a sweep is one process, but 2 x 1"),
         (["--held-out", "online.yaml"], "--held-out online.yaml is about a sweep"),
         (["--sweep", "--data.path", "gone.jsonl"], "gone.jsonl"),
+        (["--sweep", "--held-out", "gone.yaml"], "gone.yaml"),
     ],
 )
 def test_a_sweep_that_could_not_run_is_refused(
