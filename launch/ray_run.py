@@ -39,7 +39,7 @@ def train(config: RunConfig) -> int:
         planned = cluster_fit.plan_cluster(config, found)
         if (refused := cluster_fit.refusal(planned)) is not None:
             raise refused
-        _refuse(planned.config, planned.layout, planned.plan.device)
+        _refuse(planned.config, planned.plan.device)
         with _seated(planned.layout) as seats:
             team = _Actors(seats["learner"], seats["generator"])
             try:
@@ -124,13 +124,8 @@ def _machine(node: dict[str, Any]) -> Machine:
     return replace(machine, gpus=min(machine.gpus, int(node["Resources"].get("GPU", 0))))
 
 
-def _refuse(config: RunConfig, layout: Layout, device: str) -> None:
+def _refuse(config: RunConfig, device: str) -> None:
     """Raises InputError for what a plan may hold but actors can't do yet."""
-    if layout.tensor_parallel > 1:
-        raise InputError(
-            f"placement.tensor_parallel {layout.tensor_parallel} can be planned but not yet run; "
-            "use 1"
-        )
     if device == "cuda" and (specs := own_specs(config)):
         raise InputError(
             f"judge {specs[0].name} has a model of its own, and under placement.kind ray judges "
@@ -166,7 +161,13 @@ def _seated(layout: Layout) -> Iterator[dict[Role, list[Seat]]]:
         }
         yield {
             role: [
-                Seat(*places[holder.slots[0]], ACTOR_CPUS, holder.fraction)
+                Seat(
+                    *places[holder.slots[0]],
+                    ACTOR_CPUS,
+                    holder.fraction,
+                    holder.share,
+                    tuple(places[slot][1] for slot in holder.slots[1:]),
+                )
                 for holder in layout.of(role)
             ]
             for role in ROLES
