@@ -20,7 +20,7 @@ import os
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from ray.util.scheduling_strategies import (
 
 from launch.layout import Role
 from launch.quiet import hush, hush_transformers
-from launch.roles import Roles, Say
+from launch.roles import Cards, Roles, Say
 from rlhf.errors import Interrupted, PairloopError
 from rlhf.protocols import Job, Loaded, OnStep, Published, Sampling
 from rlhf.types import Completion, Prompt, Trained
@@ -64,6 +64,10 @@ class Seat:
     bundle: int
     cpus: float
     gpus: float
+    share: float = 0.0
+    """Of its card's memory, that an engine takes."""
+    beside: tuple[int, ...] = ()
+    """Bundles of the group, of the same node, where the same engine has as large a part."""
 
     def make(self, kind: type, *arguments: Any, concurrency: int = 1) -> Any:
         """An actor of a plain class."""
@@ -83,6 +87,11 @@ class Seat:
         return ray.remote(function).options(num_cpus=0, scheduling_strategy=self._here).remote()
 
     @property
+    def others(self) -> list[Seat]:
+        """The places beside it, one each."""
+        return [replace(self, bundle=bundle, beside=()) for bundle in self.beside]
+
+    @property
     def _here(self) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(
             self.group, placement_group_bundle_index=self.bundle
@@ -100,14 +109,32 @@ class Seats:
     """Whether engines and learner take turns."""
 
 
-class GeneratorActor:
-    """One generator in a process of its own."""
+class Holder:
+    """Keeps a place's part of a GPU for an engine that another actor runs."""
 
-    def __init__(self, roles: Roles, longest: int) -> None:
+    def gpus(self) -> list[str]:
+        """What Ray calls the GPU."""
+        return _own_gpus()
+
+
+class GeneratorActor:
+    """One generator in a process of its own; a tensor-parallel one on GPUs of several bundles.
+
+    An actor gets GPUs of one bundle, and of less than whole ones only one. So it takes the first
+    place itself and has the others held by actors that end with it; vLLM's own processes, which are
+    its children, then see the GPUs of all.
+    """
+
+    def __init__(self, roles: Roles, longest: int, seat: Seat) -> None:
         hush()
+        self._holders = [other.make(Holder) for other in seat.others]
+        held = ray.get([holder.gpus.remote() for holder in self._holders])
+        if visible := [*_own_gpus(), *(gpu for gpus in held for gpu in gpus)]:
+            # Before torch looks.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
         hush_transformers()
         self._said: list[str] = []
-        self._generator = roles.generator(longest)
+        self._generator = roles.generator(longest, Cards(1 + len(held), seat.share))
         self._generator.concurrency.say = self._said.append
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -297,7 +324,7 @@ class Generators:
         raise AssertionError("the last failure is raised by _replace")
 
     def _make(self, seat: Seat) -> Any:
-        return seat.make(GeneratorActor, *self._arguments)
+        return seat.make(GeneratorActor, *self._arguments, seat)
 
     def _replace(self, at: int, tries: int, error: RayActorError) -> None:
         """A new actor that serves what the others serve."""
@@ -441,6 +468,10 @@ class Learners:
         (address, *_) = started([rank.address.remote() for rank in self._ranks])
         for line in _agreed([rank.meet.remote(address) for rank in self._ranks]):
             say(line)
+
+
+def _own_gpus() -> list[str]:
+    return list(ray.get_runtime_context().get_accelerator_ids()["GPU"])
 
 
 def started(references: Sequence[Any]) -> list[Any]:

@@ -40,7 +40,6 @@ def train(config: RunConfig) -> int:
         planned = cluster_fit.plan_cluster(config, found)
         if (refused := cluster_fit.refusal(planned)) is not None:
             raise refused
-        _refuse(planned.layout)
         with _seated(planned.layout) as seats:
             team = _Actors(seats)
             try:
@@ -148,15 +147,6 @@ def _machine(node: dict[str, Any]) -> Machine:
     return replace(machine, gpus=min(machine.gpus, int(node["Resources"].get("GPU", 0))))
 
 
-def _refuse(layout: Layout) -> None:
-    """Raises InputError for what a plan may hold but actors can't do yet."""
-    if layout.tensor_parallel > 1:
-        raise InputError(
-            f"placement.tensor_parallel {layout.tensor_parallel} can be planned but not yet run; "
-            "use 1"
-        )
-
-
 @contextmanager
 def _seated(layout: Layout) -> Iterator[Seats]:
     """Places for everybody, reserved for the run's life."""
@@ -185,7 +175,13 @@ def _seated(layout: Layout) -> Iterator[Seats]:
         }
         seats = {
             role: [
-                Seat(*places[holder.slots[0]], ACTOR_CPUS, holder.fraction)
+                Seat(
+                    *places[holder.slots[0]],
+                    ACTOR_CPUS,
+                    holder.fraction,
+                    holder.share,
+                    tuple(places[slot][1] for slot in holder.slots[1:]),
+                )
                 for holder in layout.of(role)
             ]
             for role in ROLES

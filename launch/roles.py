@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Cards:
+    """What an engine has for itself."""
+
+    count: int
+    share: float
+    """Of each one's memory."""
+
+
 @dataclass(frozen=True)
 class Roles:
     """Makes them; travels to other processes as config and plan."""
@@ -81,8 +90,11 @@ class Roles:
         policy = Policy(config.model, self.path, self.plan.device, config.run.seed, partition)
         return Learner(policy, config, say, shard)
 
-    def generator(self, longest: int) -> TransformersGenerator | VllmGenerator:
-        """A generator of the policy's versions, for prompts of at most `longest` tokens."""
+    def generator(
+        self, longest: int, cards: Cards | None = None
+    ) -> TransformersGenerator | VllmGenerator:
+        """A generator of the policy's versions, for prompts of at most `longest` tokens; on the
+        first card that this process sees, unless `cards` says otherwise."""
         from rlhf.policy import DTYPES, stop_token_ids
 
         config, rollout = self.config, self.config.rollout
@@ -103,6 +115,7 @@ class Roles:
         from rollout.vllm_engine import EngineOptions
         from rollout.vllm_generator import Served, VllmGenerator
 
+        cards = cards or Cards(1, rollout.gpu_memory_share)
         adapter = config.model.adapter
         rank = config.model.lora.rank if adapter is None else highest_rank(Path(adapter))
         return VllmGenerator(
@@ -119,8 +132,9 @@ class Roles:
                 max_length=longest + rollout.max_new_tokens + 1,
                 max_concurrency=rollout.max_concurrency,
                 memory_gib=rollout.memory_gib,
-                gpu_memory_share=rollout.gpu_memory_share,
+                gpu_memory_share=cards.share,
                 seed=config.run.seed,
+                tensor_parallel=cards.count,
             ),
         )
 

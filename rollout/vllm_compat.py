@@ -48,16 +48,17 @@ def refresh_head(llm: Any, device: str) -> None:
     of its first weights, and has no weights of its own that would be reloaded (vLLM 0.32.0,
     `dispatch_cpu_unquantized_gemm`). Can go when its reload repacks tied layers too.
     """
-    if device != "cpu":
-        return
+    if device == "cpu":
+        llm.apply_model(_repack_heads)
+
+
+def _repack_heads(model: torch.nn.Module) -> None:
+    """A function of the module's own, since workers in other processes are sent it by name."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    def repack(model: torch.nn.Module) -> None:
-        for module in model.modules():
-            if isinstance(module, ParallelLMHead):
-                module.quant_method.process_weights_after_loading(module)
-
-    llm.apply_model(repack)
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def score_prompts_with_adapters(device: str) -> None:

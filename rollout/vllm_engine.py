@@ -37,6 +37,8 @@ class EngineOptions:
     """Key-value cache on a CPU."""
     gpu_memory_share: float
     seed: int
+    tensor_parallel: int = 1
+    """Cards of this node that its layers are split over."""
 
 
 class InProcessEngine:
@@ -103,6 +105,11 @@ class InProcessEngine:
         self._beside_ranks = vllm_compat.beside_ranks()
         if self._beside_ranks:
             arguments["distributed_executor_backend"] = "external_launcher"
+        elif self.options.tensor_parallel > 1:
+            # Its workers are children of this process: the default inside a Ray actor would be
+            # actors, which would want places of their own.
+            arguments["tensor_parallel_size"] = self.options.tensor_parallel
+            arguments["distributed_executor_backend"] = "mp"
         vllm_compat.sort_less(self.device)
         if arguments.get("enable_lora"):
             vllm_compat.score_prompts_with_adapters(self.device)

@@ -13,9 +13,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from launch.placement import Plan
-from launch.roles import Roles
-from rlhf.config import RunConfig
 from rlhf.errors import InputError, ParityError
 from rlhf.logprobs import token_logps
 from rlhf.policy import prompt_encoder
@@ -189,21 +186,7 @@ def test_the_memory_of_the_failed_try_is_free_before_the_next() -> None:
     assert alive == [False]
 
 
-def test_an_actors_generator_has_its_lines_said_by_the_driver(
-    tiny_model: Path, tmp_path: Path
-) -> None:
-    from launch.actors import GeneratorActor
-
-    config = RunConfig.model_validate(fakes.run_values(tmp_path, tiny_model))
-    actor = GeneratorActor(Roles(config, Plan("cpu", "transformers", "merged")), 64)
-    generator: Any = actor._generator
-    generator.concurrency.work(iter_out_of_memory())
-    (line,) = actor.call("news")
-    assert "ran out of memory with 128 sequences at once" in line
-    assert actor.call("news") == []
-
-
-def iter_out_of_memory() -> Callable[[], None]:
+def runs_out_once() -> Callable[[], None]:
     """Runs out of memory once."""
     errors: Iterator[Exception] = iter([torch.OutOfMemoryError("CUDA out of memory")])
 
@@ -223,7 +206,7 @@ def test_an_engine_beside_other_ranks_is_not_started_anew_without_them() -> None
     engine._beside_ranks = True
     engine._llm = object()
     with pytest.raises(MemoryShortError, match=r"beside other ranks .* rollout.gpu_memory_share"):
-        engine.ask(lambda _: iter_out_of_memory()())
+        engine.ask(lambda _: runs_out_once()())
 
 
 @pytest.mark.engine

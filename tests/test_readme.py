@@ -145,6 +145,7 @@ SHOWS = {
     "python benchmarks/head_memory.py": "--case",
     "python benchmarks/memory.py": "--case",
     "python benchmarks/zero_memory.py": "--cases",
+    "python benchmarks/publish.py": "--versions",
     "python benchmarks/selection.py": "--contestants",
     "python benchmarks/duplicates.py": "--threshold",
 }
