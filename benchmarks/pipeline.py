@@ -211,7 +211,8 @@ def pipeline(size: Size) -> dict[str, float]:
         ahead = run_on_ray(size, size.delay, 1)
     finally:
         cluster.shutdown()  # type: ignore[no-untyped-call]
-    assert first_pairs(instant) and len({str(first_pairs(r)) for r in (streamed, ahead)}) == 1
+    pairs = {str(first_pairs(run)) for run in (instant, streamed, ahead)}
+    assert len(pairs) == 1 and first_pairs(instant), "the ways must begin with the same pairs"
     alone = seconds(instant)
     generate, train = alone["completions"], alone["reference_logps"] + alone["training"]
     asked = size.prompts * size.samples * size.delay / size.concurrency

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 _TASK_MEMORY = 2**30
 """What a task that reads a shard or a slice is given, so that no node starts too many at once."""
 _JOINED_ROWS = 50_000
+_HELD_ROWS = 1_000_000
 _COMPARED = 10_000
 _WRITTEN_ROWS = 20_000
 
@@ -107,7 +108,7 @@ def repeating(slices: Sequence[Slice], rule: Alike) -> pl.DataFrame:
     found = keys.groupby("bucket", num_partitions=1 + buckets // 4).map_groups(
         lambda bucket: _arrow(duplicate_shards.bucket_pairs(_frame(bucket))), batch_format="pyarrow"
     )
-    candidates = _collected(found, NONE_SIMILAR.select("earlier", "later")).unique()
+    candidates = _uniques(found, NONE_SIMILAR.select("earlier", "later"))
     if candidates.is_empty():
         return standing(first, NONE_SIMILAR)
     return standing(first, _similar(slices, candidates, rule))
@@ -206,6 +207,21 @@ def _collected(rows: Dataset, none: pl.DataFrame) -> pl.DataFrame:
     batches = rows.iter_batches(batch_size=None, batch_format="pyarrow")
     tables = [_frame(batch) for batch in batches]
     return pl.concat([table for table in tables if table.height] or [none])
+
+
+def _uniques(rows: Dataset, none: pl.DataFrame) -> pl.DataFrame:
+    """`_collected` without repeats, which are dropped as they come: what is alike in one band is
+    mostly alike in others."""
+    seen, coming, held = none, list[pl.DataFrame](), 0
+    for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+        table = _frame(batch)
+        # An empty batch may have lost its columns.
+        if table.height:
+            coming.append(table)
+            held += table.height
+        if held > max(seen.height, _HELD_ROWS):
+            seen, coming, held = pl.concat([seen, *coming]).unique(), [], 0
+    return pl.concat([seen, *coming]).unique()
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:

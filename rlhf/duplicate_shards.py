@@ -57,7 +57,12 @@ def slices_of(path: Path, size: int = SLICE_RECORDS) -> list[Slice]:
     for file in files:
         try:
             columns = pl.read_parquet_schema(file)
-            records = pl.scan_parquet(file).select(pl.len()).collect().item()
+            records = (
+                pl.scan_parquet(file, glob=False, hive_partitioning=False)
+                .select(pl.len())
+                .collect()
+                .item()
+            )
         except (pl.exceptions.PolarsError, OSError) as error:
             raise InputError(f"{file} must be a Parquet file: {error}") from None
         if columns != (schema := schema or columns):
@@ -95,12 +100,18 @@ def text_columns(slices: Sequence[Slice], named: Sequence[str]) -> tuple[str, ..
 
 def records(part: Slice) -> pl.DataFrame:
     """All columns of a slice."""
-    return pl.scan_parquet(part.path).slice(part.start, part.records).collect()
+    return (
+        pl.scan_parquet(part.path, glob=False, hive_partitioning=False)
+        .slice(part.start, part.records)
+        .collect()
+    )
 
 
 def texts(part: Slice, rule: Alike) -> list[pl.Series]:
     """What a slice's records are compared by; a null is no text."""
-    table = pl.scan_parquet(part.path).slice(part.start, part.records)
+    table = pl.scan_parquet(part.path, glob=False, hive_partitioning=False).slice(
+        part.start, part.records
+    )
     schema = pl.read_parquet_schema(part.path)
     shown = [pl.col(n) if schema[n] == pl.String else prompt_text(n) for n in rule.columns]
     found = table.select(e.fill_null("").alias(str(i)) for i, e in enumerate(shown)).collect()

@@ -146,6 +146,8 @@ class Learner:
                 tokens_N, batch = self.scorer.tokens(model, [sequences[i] for i in rows])
                 planned.append(rows)
                 found.append(read(tokens_N, batch))
+            # A start that was loaded for this pass must not outlive it.
+            del model
         return self.group.scattered(planned, found)
 
     def release(self) -> None:

@@ -84,10 +84,16 @@ def shards_of(folder: Path, size: int = SHARD_COMPLETIONS) -> list[Shard]:
 
 def read(shard: Shard) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     """Completions, their scores and their prompts, as `select_pairs` takes them."""
-    completions = pl.read_parquet(list(shard.completions), columns=list(_ANSWERS))
-    scores = pl.read_parquet(list(shard.scores), columns=list(_SCORES))
+    completions = pl.read_parquet(
+        list(shard.completions), columns=list(_ANSWERS), glob=False, hive_partitioning=False
+    )
+    scores = pl.read_parquet(
+        list(shard.scores), columns=list(_SCORES), glob=False, hive_partitioning=False
+    )
     ids = completions["prompt_id"].unique()
-    listed = pl.scan_parquet(shard.prompts).select(list(_PROMPTS))
+    listed = pl.scan_parquet(shard.prompts, glob=False, hive_partitioning=False).select(
+        list(_PROMPTS)
+    )
     return completions, scores, listed.filter(pl.col("prompt_id").is_in(ids.implode())).collect()
 
 
@@ -98,9 +104,13 @@ def whole(shards: Sequence[Shard], rules: Rules, round: int) -> Selected:
     """
     answers = [path for shard in shards for path in shard.completions]
     judged = [path for shard in shards for path in shard.scores]
-    completions = pl.read_parquet(answers, columns=list(_ANSWERS))
-    scores = pl.read_parquet(judged, columns=list(_SCORES))
-    prompts = pl.read_parquet(shards[0].prompts, columns=list(_PROMPTS))
+    completions = pl.read_parquet(
+        answers, columns=list(_ANSWERS), glob=False, hive_partitioning=False
+    )
+    scores = pl.read_parquet(judged, columns=list(_SCORES), glob=False, hive_partitioning=False)
+    prompts = pl.read_parquet(
+        shards[0].prompts, columns=list(_PROMPTS), glob=False, hive_partitioning=False
+    )
     with _sound(shards[0].prompts.parent):
         return select_pairs(completions, scores, prompts, rules, round)
 
@@ -143,7 +153,11 @@ def together(
 def check_prompts(path: Path) -> None:
     """`check_listed` of a file of prompts, with InputError."""
     with _sound(path):
-        check_listed(pl.read_parquet(path, columns=["prompt_id", "category"]))
+        check_listed(
+            pl.read_parquet(
+                path, columns=["prompt_id", "category"], glob=False, hive_partitioning=False
+            )
+        )
 
 
 def _checked(
@@ -196,7 +210,9 @@ def _check_columns(path: Path, schema: pl.Schema) -> None:
 
 
 def _rows(path: Path) -> int:
-    count: int = pl.scan_parquet(path).select(pl.len()).collect().item()
+    count: int = (
+        pl.scan_parquet(path, glob=False, hive_partitioning=False).select(pl.len()).collect().item()
+    )
     return count
 
 

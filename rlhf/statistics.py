@@ -47,6 +47,7 @@ def exact_sum(values: Iterable[float]) -> tuple[float, ...]:
     (1e+16, 1.0, 1e-16)
     """
     known = list(values)
+    assert all(map(math.isfinite, known)), "only finite values have a sum"
     parts: list[float] = []
     while rest := math.fsum([*known, *(-part for part in parts)]):
         parts.append(rest)

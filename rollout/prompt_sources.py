@@ -252,7 +252,7 @@ def _file_records(path: Path, split: str) -> Iterator[tuple[str, Any]]:
         return _jsonl(path)
     if path.suffix == ".parquet":
         try:
-            table = pl.read_parquet(path)
+            table = pl.read_parquet(path, glob=False, hive_partitioning=False)
         except (pl.exceptions.PolarsError, OSError) as error:
             raise InputError(f"{field}: {path} is no readable Parquet file: {error}") from error
         return _numbered(f"{path} row", table.iter_rows(named=True))

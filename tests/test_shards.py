@@ -81,7 +81,7 @@ many_rules = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(many_answers(), many_rules, st.integers(1, 4), st.integers(0, 99))
 def test_shards_give_the_pairs_and_the_funnel_of_all(
     rows: list[Row], rules: Rules, count: int, seed: int
@@ -91,7 +91,7 @@ def test_shards_give_the_pairs_and_the_funnel_of_all(
     with tempfile.TemporaryDirectory() as folder:
         parts = shared_out(answers[2]["prompt_id"].to_list(), count, seed)
         shards = store(Path(folder), answers, parts)
-        assert len(shards) == count
+        assert len(shards) == max(1, sum(map(bool, parts))), "a shard for each part with answers"
         assert outcome(lambda: sharded(shards, rules, round=2)) == expected
         assert outcome(lambda: selection_shards.whole(shards, rules, round=2)) == expected
 

@@ -146,6 +146,7 @@ def test_a_full_disk_ends_with_2_and_the_run_goes_on_once_there_is_room(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     values["run"]["directory"] = str(small_disk)
+    values["rollout"]["transfer"] = "disk"
     assert run(values, tmp_path) == 2
     assert "disk full" in capsys.readouterr().err
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True, timeout=20)
