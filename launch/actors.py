@@ -5,6 +5,7 @@
 | driver, in `stream` | the first generator to finish its shard | made anew, shard done again |
 | driver, in `load`, `logps` | every generator | made anew, call made again |
 | driver, in a learner's call | every rank | all made anew, restored, call made again |
+| its second thread, drawing ahead | as in `stream` | as there; one thread at a time |
 | a learner rank | the others, in a collective | its connection closes: the call ends |
 
 A generator made anew is given the version that the others serve. Only actors that died are tried
@@ -22,10 +23,18 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 from ray.util.placement_group import PlacementGroup
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import (
@@ -39,6 +48,7 @@ from launch.roles import Cards, Roles, Say
 from rlhf.errors import Interrupted, PairloopError
 from rlhf.protocols import Job, Loaded, OnStep, Published, Sampling
 from rlhf.types import Completion, Prompt, Trained
+from rollout.weight_sync import check_loaded
 
 if TYPE_CHECKING:
     import polars as pl
@@ -48,6 +58,8 @@ TRIES = 3
 START_S = 1800.0
 """Seconds that an actor which is made anew has to find a place, where its node died perhaps another
 one, and to load its model."""
+LOST = (RayActorError, ObjectLostError, NodeDiedError, OutOfMemoryError)
+"""What Ray raises where an actor died, or its node with an answer that nobody had fetched."""
 POLL_S = 0.2
 """Seconds between looks at a training's steps."""
 
@@ -170,8 +182,8 @@ class LearnerActor:
             host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
             return host, found.getsockname()[1]
 
-    def meet(self, address: tuple[str, int]) -> list[str]:
-        """Meet the other ranks and load the policy; what is worth saying."""
+    def meet(self, address: tuple[str, int]) -> None:
+        """Meet the other ranks and load the policy."""
         from launch import spmd
 
         host, port = address
@@ -188,7 +200,11 @@ class LearnerActor:
         self._learner = self._roles.learner(
             self._said.append, lambda policy, _: spmd.shard(policy, config, group)
         )
-        return self._said
+
+    def news(self) -> list[str]:
+        """What it had to say since it was asked last."""
+        news, self._said[:] = [*self._said], []
+        return news
 
     def identity(self) -> tuple[str, int]:
         """(node, process)."""
@@ -238,6 +254,7 @@ class Generators:
         self._arguments = roles, longest
         self._say = say
         self._published: Published | None = None
+        self._turn = Lock()
         self._actors = [self._make(seat) for seat in self._seats]
 
     def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, list[Completion]]]:
@@ -245,22 +262,23 @@ class Generators:
         works ahead of what is stored."""
         coming, again, tried = enumerate(jobs), deque[tuple[int, Job]](), Counter[int]()
         free = deque(range(len(self._actors)))
-        running: dict[Any, tuple[int, int, Job]] = {}
+        running: dict[Any, tuple[int, Any, int, Job]] = {}
         while True:
             while free and (given := again.popleft() if again else next(coming, None)):
                 number, job = given
                 at = free.popleft()
-                running[self._actors[at].call.remote("generate", *job)] = at, number, job
+                actor = self._actors[at]
+                running[actor.call.remote("generate", *job)] = at, actor, number, job
             if not running:
                 break
             (ready,), _ = ray.wait(list(running), num_returns=1)
-            at, number, job = running.pop(ready)
+            at, actor, number, job = running.pop(ready)
             free.append(at)
             try:
                 drawn = answered(ready)
-            except RayActorError as error:
+            except LOST as error:
                 tried[number] += 1
-                self._replace(at, tried[number], error)
+                self._replace(at, actor, tried[number], error)
                 again.append((number, job))
                 continue
             yield number, drawn
@@ -308,33 +326,45 @@ class Generators:
             ray.kill(actor)
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
-        asked = [actor.call.remote(method, *arguments) for actor in self._actors]
-        return [
-            self._ask(at, method, *arguments, asked=reference) for at, reference in enumerate(asked)
-        ]
+        asked = [(actor, actor.call.remote(method, *arguments)) for actor in self._actors]
+        return [self._ask(at, method, *arguments, first=given) for at, given in enumerate(asked)]
 
-    def _ask(self, at: int, method: str, *arguments: Any, asked: Any = None) -> Any:
+    def _ask(
+        self, at: int, method: str, *arguments: Any, first: tuple[Any, Any] | None = None
+    ) -> Any:
+        """What an actor's method gives; `first` is the actor and the call that was made already."""
         for again in range(TRIES + 1):
-            reference = asked or self._actors[at].call.remote(method, *arguments)
-            asked = None
+            actor = self._actors[at]
+            actor, reference = first or (actor, actor.call.remote(method, *arguments))
+            first = None
             try:
                 return answered(reference)
-            except RayActorError as error:
-                self._replace(at, again + 1, error)
+            except LOST as error:
+                self._replace(at, actor, again + 1, error)
         raise AssertionError("the last failure is raised by _replace")
 
     def _make(self, seat: Seat) -> Any:
         return seat.make(GeneratorActor, *self._arguments, seat)
 
-    def _replace(self, at: int, tries: int, error: RayActorError) -> None:
-        """A new actor that serves what the others serve."""
-        if tries > TRIES:
-            raise ActorLostError(f"generator {at} died {tries} times: {error}") from error
-        self._say(f"generator {at} died and is made anew ({tries} of {TRIES})")
-        self._actors[at] = self._make(self._seats[at])
-        started([self._actors[at].identity.remote()])
-        if self._published is not None:
-            self._ask(at, "load", self._published)
+    def _replace(self, at: int, lost: Any, tries: int, error: Exception) -> None:
+        """In place of the actor that was `lost`, a new one that serves what the others serve; one
+        thread at a time, since another may have lost the same."""
+        with self._turn:
+            while self._actors[at] is lost:
+                if tries > TRIES:
+                    raise ActorLostError(f"generator {at} died {tries} times: {error}") from error
+                self._say(f"generator {at} died and is made anew ({tries} of {TRIES})")
+                ray.kill(lost)
+                made = self._make(self._seats[at])
+                try:
+                    started([made.identity.remote()])
+                    if self._published is not None:
+                        loaded = answered(made.call.remote("load", self._published))
+                        check_loaded(self._published, loaded)
+                    self._actors[at] = made
+                except LOST as again:
+                    ray.kill(made)
+                    tries, error = tries + 1, again
 
 
 class Learners:
@@ -362,7 +392,7 @@ class Learners:
         """See `Learner.save`."""
         try:
             self._call("save", folder, card)
-        except RayActorError as error:
+        except LOST as error:
             raise ActorLostError(
                 f"a learner rank died with what it had trained: {error}; the same command goes on "
                 "from the newest checkpoint"
@@ -445,19 +475,31 @@ class Learners:
         return _agreed([rank.call.remote(method, *arguments) for rank in self._ranks])
 
     def _together(self, ask: Callable[[], Any]) -> Any:
+        dead = False
         for again in range(TRIES + 1):
             try:
-                return ask()
-            except RayActorError as error:
+                if dead:
+                    self._start(lambda _: None)
+                    self._call("restore", self._restored)
+                    dead = False
+                found = ask()
+                self._tell()
+            except LOST as error:
+                dead = True
+                self.close()
                 if again == TRIES:
                     raise ActorLostError(
                         f"learner ranks died {again + 1} times: {error}"
                     ) from error
                 self._say(f"a learner rank died; all are made anew ({again + 1} of {TRIES})")
-                self.close()
-                self._start(lambda _: None)
-                self._call("restore", self._restored)
+            else:
+                return found
         raise AssertionError("the last failure is raised")
+
+    def _tell(self) -> None:
+        """Say what the first rank had to say."""
+        for line in answered(self._ranks[0].news.remote()):
+            self._say(line)
 
     def _start(self, say: Say) -> None:
         world = len(self._seats)
@@ -466,7 +508,8 @@ class Learners:
             for rank, seat in enumerate(self._seats)
         ]
         (address, *_) = started([rank.address.remote() for rank in self._ranks])
-        for line in _agreed([rank.meet.remote(address) for rank in self._ranks]):
+        _agreed([rank.meet.remote(address) for rank in self._ranks])
+        for line in answered(self._ranks[0].news.remote()):
             say(line)
 
 
@@ -486,7 +529,7 @@ def started(references: Sequence[Any]) -> list[Any]:
 
 
 def answered(reference: Any) -> Any:
-    """What a call gave. Raises what it raised, or RayActorError where its actor died."""
+    """What a call gave. Raises what it raised, or one of LOST where its actor died."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -496,7 +539,7 @@ def answered(reference: Any) -> Any:
 def _agreed(references: Sequence[Any]) -> Any:
     """The first rank's answer, once all are there.
 
-    Raises RayActorError where a rank died, whatever the others then met; else the first's error.
+    Raises one of LOST where a rank died, whatever the others then met; else the first's error.
     """
     from launch.spmd import RankLostError
 
@@ -507,7 +550,7 @@ def _agreed(references: Sequence[Any]) -> Any:
             answers.append(answered(reference))
         except Exception as error:
             errors.append(error)
-    lost = [error for error in errors if isinstance(error, RayActorError)]
+    lost = [error for error in errors if isinstance(error, LOST)]
     own = [error for error in errors if not isinstance(error, RankLostError)]
     if errors:
         raise (*lost, *own, *errors)[0]

@@ -13,9 +13,8 @@ from threading import Lock
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
-from launch.actors import TRIES, ActorLostError, Seat, Seats, answered
+from launch.actors import LOST, TRIES, ActorLostError, Seat, Seats, answered, started
 from launch.quiet import hush, hush_transformers
 from launch.roles import Say
 from rlhf.config_judges import LlmSpec, RewardModelSpec
@@ -31,10 +30,18 @@ class JudgeActor:
         hush()
         hush_transformers()
         self._held = make()
+        self._said: list[str] = []
+        self._held.concurrency.say = self._said.append
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """What the model's method gives."""
-        return getattr(self._held, method)(*arguments)
+    def alive(self) -> bool:
+        """Answers once it has its place."""
+        return True
+
+    def call(self, method: str, *arguments: Any) -> tuple[Any, list[str]]:
+        """What the model's method gives, and what the engine had to say meanwhile."""
+        found = getattr(self._held, method)(*arguments)
+        news, self._said[:] = [*self._said], []
+        return found, news
 
 
 class JudgeActors:
@@ -76,6 +83,7 @@ class Held:
         self._turn = Lock()
         self._actor: Any = None
         self._opened: tuple[Any, ...] = ()
+        self._closed = False
 
     def open(self, *call: Any) -> None:
         """Make a call that every new actor must be given first."""
@@ -88,10 +96,13 @@ class Held:
         with self._turn:
             for again in range(TRIES + 1):
                 try:
-                    return answered(self._living().call.remote(method, *arguments))
-                except RayActorError as error:
+                    found, news = answered(self._living().call.remote(method, *arguments))
+                    for line in news:
+                        self._say(line)
+                    return found
+                except LOST as error:
                     self._actor = None
-                    if again == TRIES:
+                    if again == TRIES or self._closed:
                         raise ActorLostError(
                             f"judge {self._name} died {again + 1} times: {error}"
                         ) from error
@@ -104,7 +115,8 @@ class Held:
             self.call("sleep")
 
     def close(self) -> None:
-        """End the actor."""
+        """End the actor, and whoever waits for it."""
+        self._closed = True
         if self._actor is not None:
             ray.kill(self._actor)
             self._actor = None
@@ -112,6 +124,7 @@ class Held:
     def _living(self) -> Any:
         if self._actor is None:
             self._actor = self._seat.make(JudgeActor, self._make)
+            started([self._actor.alive.remote()])
             if self._opened:
                 answered(self._actor.call.remote(*self._opened))
         return self._actor

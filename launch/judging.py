@@ -113,10 +113,11 @@ class Judging:
             judge.sleep()
 
     def close(self) -> None:
-        """Free everything, once what is being asked is answered."""
-        self._beside.shutdown(cancel_futures=True)
+        """Free everything; what is being asked is left off, and what was answered is kept."""
+        self._beside.shutdown(wait=False, cancel_futures=True)
         for judge in self._models:
             judge.close()
+        self._beside.shutdown()
         self._cache.close()
 
     @property
@@ -136,6 +137,10 @@ class _Asked:
     @property
     def waiting(self) -> list[Future[list[Score]]]:
         return [found for found in self.elsewhere.values() if not found.done()]
+
+    def cancel(self) -> None:
+        for found in self.elsewhere.values():
+            found.cancel()
 
     def scores(self) -> pl.DataFrame:
         return scores_table(checked(self.judges, self.items, map(self._of, self.judges)))

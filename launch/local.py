@@ -170,8 +170,10 @@ class Wiring:
                 interrupts=watchers.interrupts,
             )
         finally:
-            serving.close()
-            judging.close()
+            try:
+                serving.close()
+            finally:
+                judging.close()
 
     def _way(self, roles: Roles, say: Callable[[str], None]) -> Path:
         """The folder that versions travel through, empty of what a killed run left there."""

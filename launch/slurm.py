@@ -43,9 +43,9 @@ class Job:
     """CPU cores of each rank."""
     time: str = "24:00:00"
     """How long it may run at a time, as Slurm writes it: 90 (minutes), 12:00:00, 2-12."""
-    notice: int = 120
-    """Seconds before that when it is asked to stop and queue again: longer than a step or shard;
-    under placement.kind ray a minute more."""
+    notice: int | None = None
+    """Seconds before that when it is asked to stop and queue again: longer than a step or shard
+    takes, judging included. Default: 120, and 180 under placement.kind ray."""
     partition: str | None = None
     """Partition; default the cluster's, or SBATCH_PARTITION."""
     account: str | None = None
@@ -96,9 +96,10 @@ def _directives(config: Trains, job: Job, run: Path) -> dict[str, str]:
         "job-name": run.name,
         "cpus-per-task": str(job.cpus_per_rank),
         "time": job.time,
-        "signal": f"B:USR1@{job.notice}",
         "output": f"{run}-%j.out",
     }
+    if job.notice is not None:
+        directives["signal"] = f"B:USR1@{job.notice}"
     if config.placement.device != "cpu":
         directives["gpus-per-node"] = str(job.ranks_per_node)
     for name, value in (("partition", job.partition), ("account", job.account)):
@@ -149,7 +150,13 @@ def submit_sweep(folder: Path, points: Sequence[Point], text: str) -> str:
     _check_sbatch()
     path = _write(folder, text)
     number = _sbatch(path, f"--array=1-{len(points)}", f"--output={folder}-%A_%a.out")
-    table = _sbatch(path, f"--dependency=afterany:{number}")
+    try:
+        table = _sbatch(path, f"--dependency=afterany:{number}")
+    except InputError as error:
+        raise InputError(
+            f"{error}\nThat was for the table; job {number} with the points is queued: let it end, "
+            f"then `pairloop sweep` again writes the table, or scancel {number}"
+        ) from None
     return (
         f"job {number}, {len(points)} points: {path}\n"
         f"logs: {folder}-{number}_POINT.out\n"
@@ -208,7 +215,7 @@ def _check(job: Job) -> None:
         if getattr(job, name) < 1:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} must be at least 1, found {getattr(job, name)}")
-    if not 1 <= job.notice <= _LONGEST_NOTICE:
+    if job.notice is not None and not 1 <= job.notice <= _LONGEST_NOTICE:
         raise InputError(
             f"--notice must be 1 to {_LONGEST_NOTICE} seconds, as Slurm takes, found {job.notice}"
         )

@@ -160,6 +160,10 @@ class Asked(Protocol):
         """All scores, once they are there; judges that work in this thread are asked now."""
         ...
 
+    def cancel(self) -> None:
+        """They are not wanted any more: what was not begun is left off."""
+        ...
+
 
 class Learner(Protocol):
     """Trains the policy; `rlhf.learner.Learner`, or many of it side by side."""

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import polars as pl
 
-from rlhf.answers import Draw, Judged
+from rlhf.answers import AT_ONCE, Draw, Judged
 from rlhf.canaries import Items, Watch
 from rlhf.config import RunConfig
 from rlhf.errors import DataGateError
@@ -133,7 +133,11 @@ class StageBase:
             for at, drawn in stream(generator, jobs):
                 table = _checked(draw, wanted[at], drawn)
                 completions.write(wanted[at], table)
-                if self.parts.judges_beside:
+                # Those of this round come first where judges are slow.
+                if (
+                    self.parts.judges_beside
+                    and sum(bool(found.waiting) for found in asked.values()) < AT_ONCE
+                ):
                     items = draw.items(wanted[at], table)
                     asked[wanted[at]] = self.parts.ask(items, draw.audit)
 
@@ -146,6 +150,11 @@ class StageBase:
         working.result()
         done = len(wanted) - len(completions.missing)
         self.parts.reporter.say(f"{title(round)}: {done} of {len(wanted)} shards drawn ahead")
+
+    def forget_ahead(self, round: int, name: str) -> None:
+        """What judges are being asked about a round's draw is not wanted any more."""
+        for asked in self._ahead.pop((round, name), {}).values():
+            asked.cancel()
 
     def _generate(
         self, round: Round, draw: Draw, completions: Shards, judged: Judged | None

@@ -45,7 +45,9 @@ class Stages(WatchStages):
         """A round's completions and the panel's scores of them, from the version before it.
 
         Answers of a version that lies further back than `rounds.max_staleness` allows are left out
-        of both. Raises DataGateError on too many abstentions.
+        of both. No stage of this one draws any: whoever changes that is seen here.
+
+        Raises DataGateError on too many abstentions.
         """
         assert round.index is not None
         before = round.index - 1
@@ -263,7 +265,10 @@ class Stages(WatchStages):
         """A gate ended the run at `round`."""
         assert round.index is not None
         # What was drawn ahead of it is for nobody.
-        self.store.drop(round.index + 1)
+        ahead = round.index + 1
+        self.forget_ahead(ahead, "completions")
+        self.store.drop(ahead)
+        self.metrics.rewind(ahead, "canaries")
         if not promoted:
             return Outcome("failed", f"no round could be promoted; {reason}", None, ())
         return Outcome("stopped_early", reason, self.best(promoted), tuple(promoted))

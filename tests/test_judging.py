@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +27,9 @@ from rlhf.certificates import write_certificate
 from rlhf.config import RunConfig
 from rlhf.errors import InputError, Interrupted
 from rlhf.judgements import read_both
-from rlhf.types import Score, scores_table
+from rlhf.types import Completion, Prompt, Score, scores_table
 from rlhf.verdict import uncertified_judges
+from rollout.judges.cache import FILE, Chosen, open_existing
 from rollout.judges.identity import identity
 from rollout.judges.llm import LlmJudge
 from rollout.judges.panel import InProcess
@@ -210,6 +213,35 @@ def test_suspicious_completions_are_counted_once_however_many_dimensions(
         "judge reader: 2 suspicious completions (it asks for a grade), scored as they stand"
     )
     assert said[1].startswith("judge reader: 1 calls so far")
+
+
+def test_an_end_waits_for_no_slow_answer_and_keeps_those_that_came(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    def slow(request: Request) -> Reply:
+        reply = script(request)
+        return replace(reply, delay=600.0) if "late" in str(request.body["messages"]) else reply
+
+    prompt = Prompt("p", ({"role": "user", "content": "When?"},))
+    answers = [
+        Completion("p", n, f"{'late' if n else 'soon'} {n}", (1,), (1,), (0.0,), "stop", 0)
+        for n in range(4)
+    ]
+    with ScriptedServer(slow) as server:
+        values = values_of(tmp_path, tiny_model, server.base_url, traffic={"concurrency": 8})
+        judging = Judging(config(values), InProcess("cpu"))
+        judging.open(tmp_path / "judges", lambda _: None)
+        asked = [judging.ask([(prompt, answer)], False) for answer in answers]
+        end = time.monotonic() + 30
+        while len(server.requests) < 5 or not asked[0].scores().height:
+            assert time.monotonic() < end, "not all were asked"
+            time.sleep(0.01)
+        began = time.monotonic()
+        judging.close()
+        assert time.monotonic() - began < 20
+    cache = open_existing(tmp_path / "judges" / FILE)
+    assert [held.verdicts for held in cache.held(Chosen())] == [1]
+    cache.close()
 
 
 class Sleeper:

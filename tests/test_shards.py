@@ -91,7 +91,8 @@ def test_shards_give_the_pairs_and_the_funnel_of_all(
     with tempfile.TemporaryDirectory() as folder:
         parts = shared_out(answers[2]["prompt_id"].to_list(), count, seed)
         shards = store(Path(folder), answers, parts)
-        assert len(shards) == max(1, sum(map(bool, parts))), "a shard for each part with answers"
+        answered = set(answers[0]["prompt_id"])
+        assert len(shards) == count or any(answered.isdisjoint(part) for part in parts)
         assert outcome(lambda: sharded(shards, rules, round=2)) == expected
         assert outcome(lambda: selection_shards.whole(shards, rules, round=2)) == expected
 

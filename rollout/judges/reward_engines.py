@@ -154,7 +154,7 @@ class TransformersEngine:
 
     def __init__(self, spec: RewardModelSpec, device: str) -> None:
         self._spec = spec
-        self._concurrency = Concurrency(spec.engine.max_concurrency, f"the engine of {spec.name}")
+        self.concurrency = Concurrency(spec.engine.max_concurrency, f"the engine of {spec.name}")
         self._device = device
         self._pad_id = 0
         self._model: Any = None
@@ -202,7 +202,7 @@ class TransformersEngine:
         found: dict[int, tuple[float, ...]] = {}
         while len(found) < len(order):
             rest = order[len(found) :]
-            found |= self._concurrency.work(partial(self._first, rows, rest))
+            found |= self.concurrency.work(partial(self._first, rows, rest))
         return [found[index] for index in range(len(rows))]
 
     def _first(self, rows: Rows, order: Sequence[int]) -> dict[int, tuple[float, ...]]:
@@ -210,7 +210,7 @@ class TransformersEngine:
         import torch
 
         width = len(rows[order[0]])
-        batch = order[: min(self._concurrency.now, max(1, _TOKENS_AT_ONCE // width))]
+        batch = order[: min(self.concurrency.now, max(1, _TOKENS_AT_ONCE // width))]
         padded = [[*rows[i], *[self._pad_id] * (width - len(rows[i]))] for i in batch]
         mask = [[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in batch]
         with torch.inference_mode():
@@ -241,6 +241,11 @@ class VllmEngine:
     def __init__(self, spec: RewardModelSpec, field: str, device: str) -> None:
         require_vllm(field, "transformers")
         self._engine = InProcessEngine.of_judge(spec.engine, field, device)
+
+    @property
+    def concurrency(self) -> Concurrency:
+        """How many rows it works on at once."""
+        return self._engine.concurrency
 
     def load(self, checkpoint: Checkpoint) -> None:
         """See `RewardEngine.load`. vLLM refuses weights that are not all there by itself."""

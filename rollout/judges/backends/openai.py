@@ -120,10 +120,11 @@ class OpenAiBackend:
         """Nothing is held between calls."""
 
     def close(self) -> None:
-        """End the loop that calls are made in."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._loop = None
+        """Leave off what is being asked, and end the loop that calls are made in."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            asyncio.run_coroutine_threadsafe(_leave_off(), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
 
     def _running(self) -> asyncio.AbstractEventLoop:
         """One loop for all who ask, from whatever thread: rate, room and ledger are shared."""
@@ -311,6 +312,14 @@ class OpenAiBackend:
         key = os.environ.get(variable) if variable else None
         line = " ".join(mask(text.replace(key, HIDDEN) if key else text).split())
         return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."
+
+
+async def _leave_off() -> None:
+    """Cancel every other task of the loop, and wait until it has ended."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _read(body: Mapping[str, Any]) -> Answer:

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf.config_judges import LlmSpec
 from rlhf.errors import InputError
 from rlhf.types import Message
+from rollout.concurrency import Concurrency
 from rollout.imports import resolve_path
 from rollout.judges.backends import Answer, Call, Keep, Token
 from rollout.vllm_engine import InProcessEngine, require_vllm
@@ -39,6 +40,11 @@ class VllmBackend:
             "revision": spec.revision or "",
             "precision": spec.engine.precision,
         }
+
+    @property
+    def concurrency(self) -> Concurrency:
+        """How many calls it works on at once."""
+        return self._engine.concurrency
 
     def start(self, record: Path | None, probe: Call) -> None:
         """See `Backend.start`; nothing here is cheap enough to ask."""
