@@ -25,8 +25,8 @@ def cluster() -> Iterator[Cluster]:
         yield found
 
 
-def begin(folder: Path, model: Path) -> tuple[subprocess.Popen[str], Path]:
-    config = write_config(folder, model, "tiny", placement={"kind": "ray"})
+def begin(folder: Path, model: Path, zero: int = 0) -> tuple[subprocess.Popen[str], Path]:
+    config = write_config(folder, model, "tiny", placement={"kind": "ray", "zero": zero})
     run = replay(config, "tiny")
     return start(config, []), run
 
@@ -63,10 +63,10 @@ def test_actors_on_two_nodes_repeat_the_golden_run_though_one_of_each_kind_dies(
     assert_golden(run)
 
 
-def test_a_signal_stops_all_ranks_and_the_same_command_goes_on(
+def test_a_signal_stops_all_ranks_under_zero_3_and_the_same_command_goes_on(
     cluster: Cluster, tiny_model: Path, tmp_path: Path
 ) -> None:
-    process, run = begin(tmp_path, tiny_model)
+    process, run = begin(tmp_path, tiny_model, zero=3)
     wait_for(run / "rounds/0001/trainer/checkpoints/000001", process)
     process.send_signal(signal.SIGTERM)
     status, output = finish(process)
