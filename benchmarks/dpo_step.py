@@ -256,7 +256,7 @@ def compare(case: Case, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Print the comparison, or do one task of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", default="256+64,64+128,512+32,16+16")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)

@@ -77,7 +77,7 @@ def peer(texts: list[str], threshold: float) -> float:
 
 def main() -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompts", type=int, default=200_000)
     parser.add_argument("--threshold", type=float, default=0.8)
     parser.add_argument("--peer", type=int, default=20_000)

@@ -89,7 +89,7 @@ def run(case: Case) -> int:
 
 def main() -> None:
     """Print the table, or measure one case."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print a list of cases instead")
     parser.add_argument("--case", help="run this case in this process; a JSON object")
     arguments = parser.parse_args()

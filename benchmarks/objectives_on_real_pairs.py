@@ -165,7 +165,7 @@ def measure(
         "significant": not change.low <= 0 <= change.high,
         "smallest_detectable": smallest_detectable(now - was, clusters),
         "against_the_start": [against.value, against.low, against.high],
-        "chosen_moved": float((found["now_chosen"] - found["chosen"]).mean() or 0.0),
+        "chosen_moved": float((found["now_chosen"] - found["chosen"]).to_numpy().mean()),
         "cpu_seconds": time.process_time() - began,
     }
 
@@ -187,7 +187,7 @@ def show(found: Record) -> str:
 
 def main() -> None:
     """Print a line for each objective, or a list of records."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--objectives", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--folds", type=int, default=2)

@@ -127,7 +127,7 @@ def show(name: str, taken: Taken) -> None:
 
 def main() -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("commands", nargs="*", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--completions", type=int, default=1_000_000)
     parser.add_argument("--records", type=int, default=200_000)

@@ -113,7 +113,7 @@ def publish(task: Task) -> list[Measured]:
             for version in range(task.versions + 1):
                 _draw(adapted, version)
                 if way.tuning == "full":
-                    write_into(learner.policy.model, dict(adapted.merged_weights()))
+                    write_into(learner.policy.model, adapted.merged_weights())
                 found.append(_version(way.kind, version, learner, generator, Path(folder)))
             return found[1:]
         finally:

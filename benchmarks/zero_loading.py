@@ -100,7 +100,7 @@ def run(cases: Sequence[Case], model: Path) -> list[Loaded]:
     """Load the cases on this rank, one after another."""
     import torch
 
-    from launch.spmd import join
+    from launch.ranks import join
 
     torch.set_num_threads(1)
     join("cpu")

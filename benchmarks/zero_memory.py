@@ -151,7 +151,8 @@ def _model(case: Case) -> Any:
 
     compute = torch.bfloat16 if case.precision == "bf16" else torch.float32
     lora = LoraConfig(r=16, target_modules="all-linear")
-    return get_peft_model(model.to(compute), lora)
+    held: Any = model
+    return get_peft_model(held.to(compute), lora)
 
 
 def run(cases: Sequence[Case]) -> list[Held]:
@@ -239,7 +240,7 @@ def _tensors(stage: int, model: Any, optimizer: Any) -> Iterator[Iterable[Any]]:
 
 def main() -> None:
     """Print the comparison as a table, or as JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", help="train these cases on this rank; a JSON list")
     parser.add_argument("--out", type=Path, help="folder for what this rank holds")
     parser.add_argument("--json", action="store_true", help="a line for each case")

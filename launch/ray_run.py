@@ -22,7 +22,8 @@ from rollout.judges.panel import Engines, InProcess
 from rollout.transfer import shared_memory
 
 if TYPE_CHECKING:
-    from launch.actors import Learners, Seats
+    from launch.actors import Seats
+    from launch.learner_actors import Learners
 
 ROLES: tuple[Role, ...] = ("learner", "generator", "judge")
 RESERVE_S = 300.0
@@ -58,7 +59,7 @@ class _Actors:
 
     def learner(self, roles: Roles, say: Say) -> Learner:
         """See `Team.learner`: one rank a seat."""
-        from launch.actors import Learners
+        from launch.learner_actors import Learners
 
         self._say = say
         self._learners = Learners(self._seats, roles, say)
@@ -66,7 +67,7 @@ class _Actors:
 
     def generator(self, roles: Roles, longest: int) -> Generator:
         """See `Team.generator`: one a seat."""
-        from launch.actors import Generators
+        from launch.generator_actors import Generators
 
         return Generators(self._seats, roles, longest, self._say)
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from launch.spmd import join
+from launch.ranks import join
 from rlhf import sharding
 from rlhf.checkpoint import save_trained
 from rlhf.config import RunConfig

@@ -16,7 +16,8 @@ import yaml
 from golden_run import ROOT, finish, golden, observed, replay, start, wait_for, write_config
 
 from launch.placement import launched
-from launch.spmd import Lead, Leading, Met, join, train, with_launchers_zero
+from launch.ranks import Lead, Met, join
+from launch.spmd import Leading, train, with_launchers_zero
 from rlhf.config import RunConfig
 from rlhf.config_io import load
 from rlhf.config_judges import LlmSpec, RewardModelSpec

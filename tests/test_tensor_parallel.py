@@ -75,7 +75,7 @@ class FewRoles:
 def test_an_engine_sees_the_gpus_of_its_places_and_no_other(
     cluster: Any, tmp_path: Path, colocated: bool
 ) -> None:
-    from launch.actors import GeneratorActor, Holder
+    from launch.generator_actors import GeneratorActor, Holder
 
     class Looking(GeneratorActor):
         def visible(self) -> list[str]:

@@ -1,0 +1,190 @@
+"""Generators as Ray actors; who waits for whom is told in `launch.actors`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from launch.actors import LOST, TRIES, ActorLostError, Seat, Seats, answered, started
+from launch.quiet import hush, hush_transformers
+from launch.roles import Cards, Roles, Say
+from rlhf.protocols import Job, Loaded, Published, Sampling
+from rlhf.types import Completion, Prompt
+from rollout.weight_sync import check_loaded
+
+if TYPE_CHECKING:
+    pass
+
+
+class Holder:
+    """Keeps a place's part of a GPU for an engine that another actor runs."""
+
+    def gpus(self) -> list[str]:
+        """What Ray calls the GPU."""
+        return _own_gpus()
+
+
+class GeneratorActor:
+    """One generator in a process of its own; a tensor-parallel one on GPUs of several bundles.
+
+    An actor gets GPUs of one bundle, and of less than whole ones only one. So it takes the first
+    place itself and has the others held by actors that end with it; vLLM's own processes, which are
+    its children, then see the GPUs of all.
+    """
+
+    def __init__(self, roles: Roles, longest: int, seat: Seat) -> None:
+        hush()
+        self._holders = [other.make(Holder) for other in seat.others]
+        held = ray.get([holder.gpus.remote() for holder in self._holders])
+        if visible := [*_own_gpus(), *(gpu for gpus in held for gpu in gpus)]:
+            # Before torch looks.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
+        hush_transformers()
+        self._said: list[str] = []
+        self._generator = roles.generator(longest, Cards(1 + len(held), seat.share))
+        self._generator.concurrency.say = self._said.append
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the generator's method gives, or the one of this class that is named so."""
+        target = self if method == "news" else self._generator
+        return getattr(target, method)(*arguments)
+
+    def news(self) -> list[str]:
+        """What was worth saying since the last time."""
+        news, self._said[:] = [*self._said], []
+        return news
+
+    def identity(self) -> tuple[str, int]:
+        """(node, process)."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+
+class Generators:
+    """`rlhf.protocols.Pool`: generators that serve the same version, a shard of prompts each."""
+
+    def __init__(self, seats: Seats, roles: Roles, longest: int, say: Say) -> None:
+        self._seats = seats.of["generator"]
+        self._colocated = seats.colocated
+        self._arguments = roles, longest
+        self._say = say
+        self._published: Published | None = None
+        self._turn = Lock()
+        self._actors = [self._make(seat) for seat in self._seats]
+
+    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, list[Completion]]]:
+        """See `Pool.stream`: a job for whoever is free; each generator has one at a time, so none
+        works ahead of what is stored."""
+        coming, again, tried = enumerate(jobs), deque[tuple[int, Job]](), Counter[int]()
+        free = deque(range(len(self._actors)))
+        running: dict[Any, tuple[int, Any, int, Job]] = {}
+        while True:
+            while free and (given := again.popleft() if again else next(coming, None)):
+                number, job = given
+                at = free.popleft()
+                actor = self._actors[at]
+                running[actor.call.remote("generate", *job)] = at, actor, number, job
+            if not running:
+                break
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            at, actor, number, job = running.pop(ready)
+            free.append(at)
+            try:
+                drawn = answered(ready)
+            except LOST as error:
+                tried[number] += 1
+                self._replace(at, actor, tried[number], error)
+                again.append((number, job))
+                continue
+            yield number, drawn
+        for at, lines in enumerate(self._all("news")):
+            for line in lines:
+                self._say(f"generator {at}: {line}")
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """See `Generator.generate`; by the first."""
+        found: list[Completion] = self._ask(0, "generate", prompts, sampling)
+        return found
+
+    def logps(self, completions: Sequence[Completion]) -> list[list[float]]:
+        """See `Generator.logps`; by the first."""
+        found: list[list[float]] = self._ask(0, "logps", completions)
+        return found
+
+    def all_logps(self, completions: Sequence[Completion]) -> list[list[list[float]]]:
+        """See `Pool.all_logps`."""
+        return self._all("logps", completions)
+
+    def load(self, published: Published) -> Loaded:
+        """See `Generator.load`."""
+        self._published = None
+        said = self._all("load", published)
+        self._published = published
+        # Any that differs will do: the caller compares it with what was published.
+        loaded: Loaded = next((word for word in said if word != said[0]), said[0])
+        return loaded
+
+    def sleep(self) -> None:
+        """See `Generator.sleep`; those with GPUs of their own need not."""
+        if self._colocated:
+            self._all("sleep")
+
+    def wake(self) -> Loaded | None:
+        """See `Generator.wake`."""
+        said = self._all("wake")
+        loaded: Loaded | None = next((word for word in said if word != said[0]), said[0])
+        return loaded
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        asked = [(actor, actor.call.remote(method, *arguments)) for actor in self._actors]
+        return [self._ask(at, method, *arguments, first=given) for at, given in enumerate(asked)]
+
+    def _ask(
+        self, at: int, method: str, *arguments: Any, first: tuple[Any, Any] | None = None
+    ) -> Any:
+        """What an actor's method gives; `first` is the actor and the call that was made already."""
+        for again in range(TRIES + 1):
+            actor = self._actors[at]
+            actor, reference = first or (actor, actor.call.remote(method, *arguments))
+            first = None
+            try:
+                return answered(reference)
+            except LOST as error:
+                self._replace(at, actor, again + 1, error)
+        raise AssertionError("the last failure is raised by _replace")
+
+    def _make(self, seat: Seat) -> Any:
+        return seat.make(GeneratorActor, *self._arguments, seat)
+
+    def _replace(self, at: int, lost: Any, tries: int, error: Exception) -> None:
+        """In place of the actor that was `lost`, a new one that serves what the others serve; one
+        thread at a time, since another may have lost the same."""
+        with self._turn:
+            while self._actors[at] is lost:
+                if tries > TRIES:
+                    raise ActorLostError(f"generator {at} died {tries} times: {error}") from error
+                self._say(f"generator {at} died and is made anew ({tries} of {TRIES})")
+                ray.kill(lost)
+                made = self._make(self._seats[at])
+                try:
+                    started([made.identity.remote()])
+                    if self._published is not None:
+                        loaded = answered(made.call.remote("load", self._published))
+                        check_loaded(self._published, loaded)
+                    self._actors[at] = made
+                except LOST as again:
+                    ray.kill(made)
+                    tries, error = tries + 1, again
+
+
+def _own_gpus() -> list[str]:
+    return list(ray.get_runtime_context().get_accelerator_ids()["GPU"])

@@ -1,0 +1,293 @@
+"""The learner's ranks as Ray actors; who waits for whom is told in `launch.actors`."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+)
+
+from launch.actors import LOST, TRIES, ActorLostError, Seats, answered, started
+from launch.quiet import hush, hush_transformers
+from launch.roles import Roles, Say
+from rlhf.errors import Interrupted
+from rlhf.protocols import OnStep
+from rlhf.types import Completion, Trained
+
+if TYPE_CHECKING:
+    import polars as pl
+
+POLL_S = 0.2
+"""Seconds between looks at a training's steps."""
+
+
+class LearnerActor:
+    """One rank of the learner in a process of its own."""
+
+    def __init__(self, roles: Roles, rank: int, world: int) -> None:
+        hush()
+        hush_transformers()
+        self._roles = roles
+        self._rank, self._world = rank, world
+        self._asked: str | None = None
+        self._said: list[str] = []
+
+    def address(self) -> tuple[str, int]:
+        """Where ranks may meet: this node, and a port of it that is free now."""
+        with socket.socket() as found:
+            found.bind(("", 0))
+            host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            return host, found.getsockname()[1]
+
+    def meet(self, address: tuple[str, int]) -> None:
+        """Meet the other ranks and load the policy."""
+        from launch import ranks, spmd
+
+        host, port = address
+        os.environ |= {
+            "RANK": str(self._rank),
+            "WORLD_SIZE": str(self._world),
+            # Ray shows an actor its own GPUs only.
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+        }
+        group = ranks.join(self._roles.plan.device).group
+        config = self._roles.config
+        self._learner = self._roles.learner(
+            self._said.append, lambda policy, _: spmd.shard(policy, config, group)
+        )
+
+    def news(self) -> list[str]:
+        """What it had to say since it was asked last."""
+        news, self._said[:] = [*self._said], []
+        return news
+
+    def identity(self) -> tuple[str, int]:
+        """(node, process)."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the rank's method gives; the first's answer is all that is wanted."""
+        from launch.ranks import leaving_together
+
+        with leaving_together():
+            found = getattr(self._learner, method)(*arguments)
+        return found if self._rank == 0 else None
+
+    def train(
+        self,
+        table: pl.DataFrame,
+        reference: pl.DataFrame | None,
+        round_index: int,
+        state: Path,
+        steps: Queue | None,
+    ) -> Trained:
+        """See `Learner.train`; tells `steps` of each."""
+        from launch.ranks import leaving_together
+
+        def on_step(step: int, values: dict[str, float]) -> None:
+            if steps is not None:
+                steps.put((step, values))
+
+        def check() -> None:
+            if self._asked is not None:
+                raise Interrupted(self._asked)
+
+        with leaving_together():
+            return self._learner.train(table, reference, round_index, state, on_step, check)
+
+    def stop(self, reason: str) -> None:
+        """Ask a training to stop after its step; heard while it runs."""
+        self._asked = reason
+
+
+class Learners:
+    """`rlhf.protocols.Learner`: ranks that train one policy together."""
+
+    def __init__(self, seats: Seats, roles: Roles, say: Say) -> None:
+        self._seats = seats.of["learner"]
+        self._roles = roles
+        self._say = say
+        self._restored: Path | None = None
+        self._ranks: list[Any] = []
+        self._start(say)
+
+    @property
+    def config(self) -> Any:
+        """The run's settings."""
+        return self._roles.config
+
+    def restore(self, folder: Path | None) -> None:
+        """See `Learner.restore`."""
+        self._together(lambda: self._call("restore", folder))
+        self._restored = folder
+
+    def save(self, folder: Path, card: str) -> None:
+        """See `Learner.save`."""
+        try:
+            self._call("save", folder, card)
+        except LOST as error:
+            raise ActorLostError(
+                f"a learner rank died with what it had trained: {error}; the same command goes on "
+                "from the newest checkpoint"
+            ) from error
+
+    def save_merged(self, folder: Path) -> None:
+        """See `Learner.save_merged`."""
+        self._together(lambda: self._call("save_merged", folder))
+
+    def release(self) -> None:
+        """See `Learner.release`."""
+        self._together(lambda: self._call("release"))
+
+    def logps(self, completions: Sequence[Completion], initial: bool = False) -> list[list[float]]:
+        """See `Learner.logps`."""
+        found: list[list[float]] = self._together(lambda: self._call("logps", completions, initial))
+        return found
+
+    def reference_logps(self, table: pl.DataFrame, round_index: int) -> pl.DataFrame:
+        """See `Learner.reference_logps`."""
+        found: pl.DataFrame = self._together(
+            lambda: self._call("reference_logps", table, round_index)
+        )
+        return found
+
+    def plan(self, table: pl.DataFrame) -> int:
+        """See `Learner.plan`."""
+        steps: int = self._together(lambda: self._call("plan", table))
+        return steps
+
+    def train(
+        self,
+        table: pl.DataFrame,
+        reference: pl.DataFrame | None,
+        round_index: int,
+        state: Path,
+        on_step: OnStep,
+        check: Callable[[], None],
+    ) -> Trained:
+        """See `Learner.train`; a signal that the driver hears stops all ranks at the same step."""
+        last = 0
+        # With the driver, whose end is the run's: a node that dies must not take it along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        steps = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
+        def train() -> Trained:
+            nonlocal last
+            asked = False
+            pending = [
+                rank.train.remote(table, reference, round_index, state, None if at else steps)
+                for at, rank in enumerate(self._ranks)
+            ]
+            given, running = list(pending), True
+            while running:
+                _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
+                running = bool(pending)
+                for step, values in _drained(steps):
+                    if step > last:
+                        last = step
+                        on_step(step, values)
+                if not asked and (reason := _reason(check)) is not None:
+                    asked = True
+                    for rank in self._ranks:
+                        rank.stop.remote(reason)
+            done: Trained = _agreed(given)
+            return done
+
+        try:
+            trained: Trained = self._together(train)
+        finally:
+            steps.shutdown()
+        return trained
+
+    def close(self) -> None:
+        """End the ranks."""
+        for rank in self._ranks:
+            ray.kill(rank)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return _agreed([rank.call.remote(method, *arguments) for rank in self._ranks])
+
+    def _together(self, ask: Callable[[], Any]) -> Any:
+        dead = False
+        for again in range(TRIES + 1):
+            try:
+                if dead:
+                    self._start(lambda _: None)
+                    self._call("restore", self._restored)
+                    dead = False
+                found = ask()
+                self._tell()
+            except LOST as error:
+                dead = True
+                self.close()
+                if again == TRIES:
+                    raise ActorLostError(
+                        f"learner ranks died {again + 1} times: {error}"
+                    ) from error
+                self._say(f"a learner rank died; all are made anew ({again + 1} of {TRIES})")
+            else:
+                return found
+        raise AssertionError("the last failure is raised")
+
+    def _tell(self) -> None:
+        """Say what the first rank had to say."""
+        for line in answered(self._ranks[0].news.remote()):
+            self._say(line)
+
+    def _start(self, say: Say) -> None:
+        world = len(self._seats)
+        self._ranks = [
+            seat.make(LearnerActor, self._roles, rank, world, concurrency=2)
+            for rank, seat in enumerate(self._seats)
+        ]
+        (address, *_) = started([rank.address.remote() for rank in self._ranks])
+        _agreed([rank.meet.remote(address) for rank in self._ranks])
+        for line in answered(self._ranks[0].news.remote()):
+            say(line)
+
+
+def _agreed(references: Sequence[Any]) -> Any:
+    """The first rank's answer, once all are there.
+
+    Raises one of LOST where a rank died, whatever the others then met; else the first's error.
+    """
+    from launch.ranks import RankLostError
+
+    errors: list[Exception] = []
+    answers: list[Any] = []
+    for reference in references:
+        try:
+            answers.append(answered(reference))
+        except Exception as error:
+            errors.append(error)
+    lost = [error for error in errors if isinstance(error, LOST)]
+    own = [error for error in errors if not isinstance(error, RankLostError)]
+    if errors:
+        raise (*lost, *own, *errors)[0]
+    return answers[0]
+
+
+def _drained(steps: Queue) -> Iterator[tuple[int, dict[str, float]]]:
+    while True:
+        try:
+            yield steps.get_nowait()
+        except Empty:
+            return
+
+
+def _reason(check: Callable[[], None]) -> str | None:
+    """Why a stop was asked for, if it was."""
+    try:
+        check()
+    except Interrupted as error:
+        return str(error)
+    return None
