@@ -169,6 +169,11 @@ def _each(count: int, work: Callable[[int], tuple[Any, pl.DataFrame | None]]) ->
         # An error that is meant for the user would come back inside Ray Data's own.
         except PairloopError as error:
             small, large = error, None
+        except FileNotFoundError as error:
+            small, large = (
+                InputError(f"{error}: with --ray all nodes must see the files under the same path"),
+                None,
+            )
         buffer = io.BytesIO()
         if large is not None:
             large.write_ipc(buffer, compression="zstd")
