@@ -146,6 +146,8 @@ def test_a_run_folder_in_use_is_refused_by_name_of_its_holder(
     first = start(config)
     try:
         assert wait_for(tmp_path / "runs/run/config.json", first)
+        # Else it might end while the second is still on its way.
+        first.send_signal(signal.SIGSTOP)
         status, output = finish(start(config))
         assert status == 2, output
         assert str(first.pid) in output
