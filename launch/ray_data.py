@@ -186,6 +186,7 @@ def _each(count: int, work: Callable[[int], tuple[Any, pl.DataFrame | None]]) ->
 def _results(rows: Dataset) -> list[Any]:
     """What `_each` gave to look at, by number. Raises the first error that is among them."""
     found = _collected(rows, pl.DataFrame()).sort("number")
+    # Written by this command's own tasks a moment ago; nothing from outside is read so.
     results = [pickle.loads(data) for data in found["small"]]
     for result in results:
         if isinstance(result, PairloopError):
