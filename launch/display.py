@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, ConsoleDimensions, Group, RenderableType
 from rich.live import Live
@@ -25,10 +25,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-REFRESHES = 8
-"""A second: Ctrl-C is answered within an eighth of one."""
 SECONDS_BETWEEN_LOOKS = 0.1
-"""At the file with what others print."""
+"""At the file with what others print; the display is drawn again after each, with an answer to
+Ctrl-C if there was one."""
 
 
 class Work:
@@ -94,18 +93,18 @@ class Display:
         self._spinner = Spinner("dots")
         # The terminal under a descriptor of its own, before 1 and 2 lead elsewhere.
         self._terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
-        self.console: Console = _Screen(
+        self.console = _Screen(
             file=self._terminal, force_terminal=True, highlight=False, emoji=False
         )
         self._live = Live(
             console=self.console,
             get_renderable=self._frame,
-            refresh_per_second=REFRESHES,
+            auto_refresh=False,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._overheard = _Overheard(overheard, self._repeat)
+        self._overheard = _Overheard(overheard, self._repeat, self._draw)
 
     def show_table(self, table: Table) -> None:
         """Keep this table in the display; the one before scrolls up among the lines."""
@@ -126,9 +125,14 @@ class Display:
     def _repeat(self, line: str) -> None:
         self.console.print(Text.from_ansi(line), style="dim", soft_wrap=True)
 
+    def _draw(self) -> None:
+        with self.console.one_at_a_time:
+            self._live.refresh()
+
     def __enter__(self) -> Self:
+        with self.console.one_at_a_time:
+            self._live.start(refresh=True)
         self._overheard.start()
-        self._live.start(refresh=True)
         return self
 
     def __exit__(
@@ -138,14 +142,28 @@ class Display:
         traceback: TracebackType | None,
     ) -> None:
         self._overheard.stop()
-        self._live.stop()
+        with self.console.one_at_a_time:
+            self._live.stop()
         if self._table is not None:
             self.console.print(self._table)
         self._terminal.close()
 
 
 class _Screen(Console):
-    """A console as wide as its own terminal; rich asks descriptors 0 to 2, which lead elsewhere."""
+    """A console as wide as its own terminal; rich asks descriptors 0 to 2, which lead elsewhere.
+
+    Rich decides how many lines of the display to clear, draws them anew, and writes, each under a
+    lock of its own: of two threads, one may clear what the other has made taller since. Whoever
+    writes here holds `one_at_a_time` from the first to the last of it.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.one_at_a_time = threading.RLock()
+        super().__init__(**options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with self.one_at_a_time:
+            super().print(*objects, **options)
 
     @property
     def size(self) -> ConsoleDimensions:
@@ -160,9 +178,10 @@ class _Screen(Console):
 class _Overheard:
     """Leads descriptors 1 and 2 into a file and tells each whole line that arrives there."""
 
-    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, tell: Callable[[str], None], looked: Callable[[], None]) -> None:
         self._path = path
         self._tell = tell
+        self._looked = looked
         self._former: dict[int, int] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True, name="overheard")
@@ -191,6 +210,7 @@ class _Overheard:
     def _listen(self) -> None:
         while not self._stopped.wait(SECONDS_BETWEEN_LOOKS):
             self._read(whole=True)
+            self._looked()
 
     def _read(self, whole: bool) -> None:
         """Tell what was written since the last look; with `whole`, up to the last line's end."""

@@ -105,7 +105,7 @@ class Screen:
 
 
 class Session:
-    """`python -m launch ARGUMENTS` on a terminal of its own."""
+    """`python ARGUMENTS` on a terminal of its own."""
 
     def __init__(self, arguments: Sequence[str], folder: Path) -> None:
         self.screen = Screen()
@@ -114,8 +114,7 @@ class Session:
         self._pid, self._terminal = pty.fork()
         if self._pid == 0:
             os.chdir(folder)
-            command = [sys.executable, "-m", "launch", *arguments]
-            os.execve(sys.executable, command, environment())
+            os.execve(sys.executable, [sys.executable, *arguments], environment())
         size = struct.pack("HHHH", LINES, COLUMNS, 0, 0)
         fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, size)
 

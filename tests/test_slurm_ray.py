@@ -89,9 +89,9 @@ def secret_of(job: int) -> str:
     """The token of a job's Ray."""
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
-            own = dict(
-                line.split("=", 1) for line in path.read_text(errors="replace").split("\0") if line
-            )
+            # A process that has renamed itself leaves words here that are no variables.
+            parts = (line.partition("=") for line in path.read_text(errors="replace").split("\0"))
+            own = {name: value for name, _, value in parts}
             if own.get("SLURM_JOB_ID") == str(job) and "RAY_AUTH_TOKEN" in own:
                 assert own["RAY_AUTH_MODE"] == "token"
                 assert len(own["RAY_AUTH_TOKEN"]) == 64

@@ -185,7 +185,7 @@ def test_a_live_display_shows_the_run_and_nothing_tears_it(
 ) -> None:
     steps = {"learning_rate": 0.003, "batch_pairs": 1, "epochs": 8}
     config = config_with(tmp_path, tiny_model, seconds=0.01, learner=steps)
-    with Session(["train", str(config)], ROOT) as session:
+    with Session(["-m", "launch", "train", str(config)], ROOT) as session:
         seen = list(session.frames())
     assert session.status == 0, session.screen.text
     # One rule parts the lines from the display. A torn frame would leave a second one behind.
@@ -212,12 +212,48 @@ def test_a_live_display_shows_the_run_and_nothing_tears_it(
     assert re.search(r"best policy: .*policy", left.replace("\n", ""))
 
 
+NAMES = ("one", "two", "three")
+CROWD = """
+import os, sys, threading
+from pathlib import Path
+from launch.display import Display
+
+sys.setswitchinterval(1e-5)
+with Display(Path(sys.argv[1])) as display:
+
+    def talk(name):
+        for number in range(150):
+            # The display grows and shrinks while others draw it.
+            display.metrics = "line\\n" * (number % 5)
+            display.console.print(f"{name} {number}.")
+            os.write(1, f"NOISE {name} {number}.\\n".encode())
+
+    crowd = [threading.Thread(target=talk, args=(name,)) for name in ("one", "two", "three")]
+    for thread in crowd:
+        thread.start()
+    for thread in crowd:
+        thread.join()
+"""
+
+
+def test_threads_that_write_at_once_leave_one_display(tmp_path: Path) -> None:
+    script = tmp_path / "crowd.py"
+    script.write_text(CROWD)
+    with Session([str(script), str(tmp_path / "output.log")], ROOT) as session:
+        seen = list(session.frames())
+    assert session.status == 0, session.screen.text
+    assert {frame.count("\u2500" * 100) for frame in seen} == {0, 1}
+    left = session.screen.text.splitlines()
+    said = [f"{noise}{name} {i}." for noise in ("", "NOISE ") for name in NAMES for i in range(150)]
+    assert sorted(line for line in left if line) == sorted(said)
+
+
 @pytest.mark.engine
 def test_ctrl_c_is_answered_at_once_and_the_command_that_it_names_goes_on(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     config = config_with(tmp_path, tiny_model, seconds=0.2, rounds={"count": 1})
-    with Session(["train", str(config)], ROOT) as session:
+    with Session(["-m", "launch", "train", str(config)], ROOT) as session:
         session.wait_for(r"round 0 evaluation/scores")
         session.press_ctrl_c()
         asked = time.monotonic()
@@ -247,7 +283,7 @@ def test_ctrl_c_is_answered_at_once_and_the_command_that_it_names_goes_on(
 @pytest.mark.engine
 def test_ctrl_c_twice_stops_now(tiny_model: Path, tmp_path: Path) -> None:
     config = config_with(tmp_path, tiny_model, seconds=60)
-    with Session(["train", str(config)], ROOT) as session:
+    with Session(["-m", "launch", "train", str(config)], ROOT) as session:
         session.wait_for(r"round 0 evaluation/scores")
         session.press_ctrl_c()
         session.wait_for(r"Ctrl-C again stops now")
@@ -263,7 +299,7 @@ def test_ctrl_c_twice_stops_now(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_plain_lines_on_a_terminal_have_no_codes(tiny_model: Path, tmp_path: Path) -> None:
     config = config_with(tmp_path, tiny_model, seconds=0, rounds={"count": 1})
-    with Session(["train", str(config), "--plain"], ROOT) as session:
+    with Session(["-m", "launch", "train", str(config), "--plain"], ROOT) as session:
         list(session.frames())
     assert session.status == 0, session.screen.text
     assert b"\x1b" not in session.raw
