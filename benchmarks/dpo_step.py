@@ -77,7 +77,8 @@ def build(case: Case, ways: tuple[str, ...]) -> dict[str, Contender]:
 
     from rlhf.config_learner import Model
     from rlhf.logprobs import PLAIN
-    from rlhf.policy import Policy, materialise
+    from rlhf.model_files import materialise
+    from rlhf.policy import Policy
     from rlhf.scoring import Scorer
     from rollout.imports import resolve_path
 

@@ -182,7 +182,8 @@ def run(case: Case) -> Measured:
     import torch
 
     from rlhf.learner import Learner
-    from rlhf.policy import Policy, materialise
+    from rlhf.model_files import materialise
+    from rlhf.policy import Policy
     from rollout.imports import resolve_path
 
     if case.tuning == "qlora":

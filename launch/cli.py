@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
-from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+from cyclopts import App, CycloptsError, Parameter
 
 from launch import shadow
+from launch.arguments import Override, fail, split_overrides, stopped, usage
 
 if TYPE_CHECKING:
     from rlhf.config import RunConfig
@@ -32,7 +30,6 @@ EXIT_CODES = """Exit codes:
   75  interrupted; the same command goes on where it stopped
   130 stopped from the keyboard"""
 
-Override = tuple[str, str]
 C = TypeVar("C", "RunConfig", "OfflineConfig")
 Overrides = Annotated[tuple[Override, ...], Parameter(parse=False)]
 Flag = Parameter(negative="")
@@ -259,7 +256,7 @@ def doctor(
 
         needs = needs_of(config_io.load([config], overrides))
     elif overrides:
-        return _fail(f"--{overrides[0][0]} is a setting of a run: name its config too", 2)
+        return fail(f"--{overrides[0][0]} is a setting of a run: name its config too", 2)
     findings = examine(needs)
     if json:
         print(as_json(findings))
@@ -320,18 +317,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         shadow.check()
     except shadow.ShadowError as error:
-        return _fail(str(error), error.exit_status)
+        return fail(str(error), error.exit_status)
     from rlhf.errors import Interrupted, PairloopError
 
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return _dispatch(given)
     except Interrupted as error:
-        return _stopped(str(error), given, error.exit_status)
+        return stopped(str(error), given, error.exit_status)
     except PairloopError as error:
-        return _fail(str(error), error.exit_status)
+        return fail(str(error), error.exit_status)
     except KeyboardInterrupt:
-        return _stopped(
+        return stopped(
             "stopped at once; what was finished is kept. Run the same command to resume", given, 130
         )
 
@@ -341,43 +338,13 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         command, bound, unparsed = app.parse_args(rest, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        return _fail(_usage(error), 2)
+        return fail(usage(error), 2)
     if "overrides" in unparsed:
         bound.arguments["overrides"] = tuple(overrides)
     elif overrides:
-        return _fail(f"unknown flag --{overrides[0][0]}: this command takes no settings", 2)
+        return fail(f"unknown flag --{overrides[0][0]}: this command takes no settings", 2)
     result = command(*bound.args, **bound.kwargs)
     return result if isinstance(result, int) else 0
-
-
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
-    """Dotted flags apart from the rest: `--a.b V` and `--a.b=V`, up to a bare `--`.
-
-    >>> split_overrides(["train", "run.yaml", "--gates.max_drop=0.1", "--plain"])
-    (['train', 'run.yaml', '--plain'], [('gates.max_drop', '0.1')])
-
-    Raises InputError for a dotted flag without a value.
-    """
-    from rlhf.errors import InputError
-
-    rest: list[str] = []
-    overrides: list[Override] = []
-    left = iter(arguments)
-    for token in left:
-        if token == "--":
-            return [*rest, token, *left], overrides
-        dotted = re.match(r"--([^=\s]*\.[^=\s]*)(?:=(.*))?\Z", token, re.DOTALL)
-        if dotted is None:
-            rest.append(token)
-            continue
-        key, value = dotted.groups()
-        if value is None:
-            value = next(left, None)
-            if value is None or value.startswith("--"):
-                found = "nothing" if value is None else value
-                raise InputError(f"--{key} needs a value, found {found}; write --{key}=VALUE")
-        overrides.append((key, value))
-    return rest, overrides
 
 
 def _with_plain(plain: bool, overrides: Sequence[Override]) -> list[Override]:
@@ -423,35 +390,3 @@ def _check_described(dry_run: bool, **described: str | None) -> None:
             from rlhf.errors import InputError
 
             raise InputError(f"--{name} {given} describes what to plan for: add --dry-run")
-
-
-def _usage(error: CycloptsError) -> str:
-    """The message, with the setting that a flag without its section was meant to be."""
-    message = str(error).strip()
-    if isinstance(error, UnknownOptionError) and "Did you mean" not in message and error.token:
-        from rlhf.config_help import suggest
-
-        flag = (error.token.keyword or error.token.value).split("=")[0].lstrip("-")
-        near = suggest(flag)
-        if near:
-            message += f" Did you mean {' or '.join(f'--{name}' for name in near)}?"
-    return f"{message} `pairloop --help` says more."
-
-
-def _stopped(message: str, arguments: Sequence[str], status: int) -> int:
-    """Say how to go on, as a line to paste."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        print(f"{message} (with its launcher)", file=sys.stderr)
-        return status
-    as_module = Path(sys.argv[0]).name == "__main__.py"
-    program = sys.executable if as_module else sys.argv[0]
-    if shutil.which(Path(program).name) == program:
-        program = Path(program).name
-    command = [program, *(("-m", "launch") if as_module else ()), *arguments]
-    print(f"{message}:\n  {shlex.join(command)}", file=sys.stderr)
-    return status
-
-
-def _fail(message: str, status: int) -> int:
-    print("error: " + message.replace("\n", "\n       "), file=sys.stderr)
-    return status

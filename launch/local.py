@@ -129,7 +129,7 @@ class Wiring:
     @contextmanager
     def parts(self, watchers: Watchers) -> Iterator[Parts]:
         """The parts of a run; frees generator and judges at the end."""
-        from rlhf.policy import prompt_encoder
+        from rlhf.model_files import prompt_encoder
         from rlhf.stage_base import Parts
         from rollout.weight_sync import Serving
 

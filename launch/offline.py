@@ -82,8 +82,8 @@ def rehearse(config: OfflineConfig) -> str:
 
 def tokens_of(policy: Policy) -> Tokens:
     """How a policy's tokenizer turns text into ids."""
+    from rlhf.model_files import prompt_encoder
     from rlhf.offline import Tokens
-    from rlhf.policy import prompt_encoder
 
     tokenizer = policy.tokenizer
     return Tokens(

@@ -54,7 +54,7 @@ class Roles:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's."""
-        from rlhf.policy import load_tokenizer
+        from rlhf.model_files import load_tokenizer
 
         return load_tokenizer(self.config.model, self.path)
 
@@ -95,7 +95,8 @@ class Roles:
     ) -> TransformersGenerator | VllmGenerator:
         """A generator of the policy's versions, for prompts of at most `longest` tokens; on the
         first card that this process sees, unless `cards` says otherwise."""
-        from rlhf.policy import DTYPES, stop_token_ids
+        from rlhf.model_files import stop_token_ids
+        from rlhf.policy import DTYPES
 
         config, rollout = self.config, self.config.rollout
         dtype = DTYPES[config.model.precision]
@@ -182,7 +183,7 @@ class Alone:
 
 def model_path(config: Trains) -> str:
     """Where Transformers loads the policy's model from; a .gguf file is converted once."""
-    from rlhf.policy import materialise
+    from rlhf.model_files import materialise
 
     given = config.model.path
     local = given.startswith("package:") or os.path.exists(given)

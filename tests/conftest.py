@@ -49,7 +49,7 @@ def plots(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Folder of SmolLM2-135M-Instruct, converted once into the user cache."""
-    from rlhf.policy import materialise
+    from rlhf.model_files import materialise
     from rollout.imports import resolve_path
 
     return materialise(str(resolve_path(SMOLLM2)))

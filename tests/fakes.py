@@ -197,7 +197,7 @@ def perturb(policy: Policy, seed: int, scale: float = 0.1) -> None:
 
 
 def prompts_of(encode: Any, texts: Sequence[str]) -> list[Prompt]:
-    """Prompts with token ids, `encode` being `rlhf.policy.prompt_encoder(tokenizer)`."""
+    """Prompts with token ids, `encode` being `rlhf.model_files.prompt_encoder(tokenizer)`."""
     return [
         Prompt(f"p{i}", (message,), token_ids=tuple(encode([message])))
         for i, text in enumerate(texts)

@@ -26,7 +26,7 @@ from small_models import save_chat_model
 
 from rlhf.config_io import load, resolved
 from rlhf.files import write_json
-from rlhf.policy import materialise
+from rlhf.model_files import materialise
 from rollout.imports import resolve_path
 
 ROOT = Path(__file__).parents[1]

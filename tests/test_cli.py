@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from launch import cli, shadow
+from launch.arguments import split_overrides
 from rlhf import errors
 from rlhf.config_help import leaves
 
@@ -152,7 +153,7 @@ def test_settings_may_stand_before_the_files(config: str, trained: list[RunConfi
 def test_dotted_flags_are_settings(
     arguments: list[str], rest: list[str], overrides: list[tuple[str, str]]
 ) -> None:
-    assert cli.split_overrides(arguments) == (rest, overrides)
+    assert split_overrides(arguments) == (rest, overrides)
 
 
 @pytest.mark.parametrize(

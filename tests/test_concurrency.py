@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from rlhf.errors import InputError, ParityError
 from rlhf.logprobs import token_logps
-from rlhf.policy import prompt_encoder
+from rlhf.model_files import prompt_encoder
 from rlhf.protocols import Published, Sampling
 from rlhf.types import Completion, Prompt
 from rollout import transformers_generator

@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config_learner import Lora, Model
-from rlhf.policy import Policy, prompt_encoder
+from rlhf.model_files import prompt_encoder
+from rlhf.policy import Policy
 from rlhf.protocols import Generator, Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
 from rollout.transformers_generator import TransformersGenerator

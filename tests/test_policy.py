@@ -19,14 +19,8 @@ from rlhf.adapters import highest_rank
 from rlhf.config_learner import Lora, Model
 from rlhf.errors import InputError
 from rlhf.logprobs import collate, token_logps
-from rlhf.policy import (
-    DTYPES,
-    Policy,
-    load_tokenizer,
-    materialise,
-    prompt_encoder,
-    stop_token_ids,
-)
+from rlhf.model_files import load_tokenizer, materialise, prompt_encoder, stop_token_ids
+from rlhf.policy import DTYPES, Policy
 
 Tuning = Literal["full", "lora", "qlora"]
 TUNINGS: tuple[Tuning, ...] = ("full", "lora", "qlora")

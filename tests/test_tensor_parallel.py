@@ -24,7 +24,7 @@ from launch.placement import Plan
 from launch.ray_run import _seated
 from launch.roles import Cards, Roles
 from rlhf.config import RunConfig
-from rlhf.policy import prompt_encoder
+from rlhf.model_files import prompt_encoder
 from rlhf.protocols import Loaded, Published, Sampling
 from rollout.weight_sync import weights_sha256
 

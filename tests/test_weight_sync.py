@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from rlhf.config import RunConfig
 from rlhf.errors import ParityError
 from rlhf.learner import Learner
-from rlhf.policy import Policy, prompt_encoder
+from rlhf.model_files import prompt_encoder
+from rlhf.policy import Policy
 from rlhf.protocols import Loaded, Published
 from rollout.transformers_generator import TransformersGenerator
 from rollout.weight_sync import Serving, check_loaded, parity, weights_sha256

@@ -109,7 +109,7 @@ class VllmBackend:
         if self._engine.started:
             self._engine.wake()
             return
-        from rlhf.policy import materialise
+        from rlhf.model_files import materialise
 
         self._engine.start(
             materialise(str(self._source)) if self._source.exists() else self._spec.model,
