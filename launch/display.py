@@ -130,9 +130,9 @@ class Display:
             self._live.refresh()
 
     def __enter__(self) -> Self:
+        self._overheard.start()
         with self.console.one_at_a_time:
             self._live.start(refresh=True)
-        self._overheard.start()
         return self
 
     def __exit__(
