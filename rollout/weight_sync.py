@@ -183,12 +183,15 @@ class Serving:
         check_loaded(published, loaded)
         drawn = self._sample(generator, version)
         self._probes = self._probes or drawn
-        engines = _every(generator, self._probes)
-        new = _flat(self._learner.logps(self._probes))
-        held = _flat(self._learner.logps(drawn))
+        engines, new = _every(generator, self._probes), _flat(self._learner.logps(self._probes))
+        served, held = engines, new
+        # The first version's own samples are the probes. Later ones are scored by themselves, so
+        # that the probes always lie in the same batch, and differ by what was learnt alone.
+        if drawn is not self._probes:
+            served, held = _every(generator, drawn), _flat(self._learner.logps(drawn))
         before = self._engines_old or [None] * len(engines)
-        for number, served in enumerate(_every(generator, drawn)):
-            engine, own = engines[number], (served, held)
+        for number, engine in enumerate(engines):
+            own = served[number], held
             result = parity(engine, new, self._old, before[number], self._tolerance, own)
             of = {"generator": number} if len(engines) > 1 else {}
             self._log({"version": version, **of, **asdict(result)})
