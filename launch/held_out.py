@@ -74,7 +74,8 @@ def answers(
             for version, (_, policy) in enumerate(policies, start=1):
                 round = store.round(version)
                 _keep(round, policy)
-                do.evaluate(round, version)
+                # Each was trained from the start.
+                do.evaluate(round, version, before=0)
                 found.append(_answers(round))
     return found
 
@@ -99,6 +100,6 @@ def _keep(round: Round, policy: Path) -> None:
 def _answers(round: Round) -> Answers:
     change = round.stored("evaluation")["against"]["start"]["change"]
     return Answers(
-        round.stored("kl")["kl"],
+        round.stored("drift")["kl_start"]["value"],
         {n: Change(c["difference"], c["low"], c["high"]) for n, c in change.items()},
     )

@@ -60,7 +60,8 @@ class Evaluation(Section):
     samples_per_prompt: Annotated[int, Field(ge=1)] = 4
     """Sampled as in rollout; more samples shrink the intervals."""
     kl_prompts: Annotated[int, Field(ge=1)] = 32
-    """Prompts whose fresh samples at temperature 1 estimate the KL to the initial policy."""
+    """Prompts whose fresh samples at temperature 1 and top-p 1 measure the policy's drift each
+    round: KL to the start and to the round before, entropy, length."""
     greedy_prompts: Annotated[int, Field(ge=0)] = 32
     """Gate prompts whose likeliest answer is kept every round, so that a person can read what
     changed; no number is made of them."""
@@ -81,9 +82,22 @@ class Gates(Section):
     max_kl: Annotated[float, Field(gt=0)] | None = None
     """Largest KL to the start, in nats a sequence; needed with rounds.reference round_start, where
     the leash moves with the policy."""
+    max_round_kl: Annotated[float, Field(gt=0)] | None = None
+    """Largest KL to the policy that the round began with, in nats a sequence."""
+    min_entropy: Annotated[float, Field(gt=0)] | None = None
+    """Least entropy of the policy's answers, in nats a token: one that has collapsed onto few
+    answers gives pairs that hardly differ."""
+    max_length: Annotated[float, Field(gt=0)] | None = None
+    """Largest mean length of the policy's answers, in tokens: many judges like longer ones."""
     on_inconclusive: Literal["promote", "stop"] = "stop"
     """Too few prompts to tell. `stop` trusts nothing unproved; `promote` suits small gate splits,
     since each round is compared with the best so far and a slow decay adds up until it shows."""
+
+    @property
+    def bounds_drift(self) -> bool:
+        """Whether a gate is on the policy's drift."""
+        bounds = (self.max_kl, self.max_round_kl, self.min_entropy, self.max_length)
+        return any(bound is not None for bound in bounds)
 
 
 class Placement(Section):
@@ -212,6 +226,12 @@ class RunConfig(Section):
                 "rounds.reference round_start needs gates.max_kl: its leash moves with the policy, "
                 "so drift from the start must be bounded by a gate"
             )
+        longest, allowed = self.gates.max_length, self.rollout.max_new_tokens
+        if longest is not None and longest >= allowed:
+            raise ValueError(
+                f"gates.max_length must be below rollout.max_new_tokens {allowed}, got "
+                f"{longest:g}: no answer is longer, so it would stop nothing"
+            )
         if self.rounds.max_staleness and (
             self.placement.kind != "ray" or self.placement.colocate is not False
         ):
@@ -241,10 +261,11 @@ class RunConfig(Section):
                     "prompt's own answers averages 0.5 whatever they are worth; use mode pointwise "
                     "there, or leave them out here"
                 )
-        if not self.gated and self.gates.max_kl is None:
+        if not self.gated and not self.gates.bounds_drift:
             raise ValueError(
                 "gates.dimensions must name a dimension whose score has a level, but every judge "
-                "of judges.panel is pairwise; add one that is not, or set gates.max_kl"
+                "of judges.panel is pairwise; add one that is not, or bound the policy's drift, as "
+                "gates.max_kl does"
             )
         return self
 

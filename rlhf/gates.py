@@ -1,6 +1,7 @@
 """Whether a round may be promoted: each check with its value, interval, threshold and verdict.
 
-The comparison is with the best promoted round so far, so a slow decay adds up until it shows.
+Scores are compared with the best promoted round so far, so a slow decay adds up until it shows. The
+policy's drift is measured by itself, and may be bounded too.
 """
 
 from __future__ import annotations
@@ -17,13 +18,33 @@ from rlhf.errors import InputError
 from rlhf.statistics import false_stop_rate
 
 Outcome = Literal["pass", "fail", "inconclusive"]
-DRIFT = "kl to the start"
 NORMAL_975 = float(stats.norm.ppf(0.975))
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """What of the policy's drift may be bounded, whatever the scores."""
+
+    measured: str
+    """What `rlhf.policy_drift` calls it."""
+    unit: str
+    most: bool
+    """Whether the bound is an upper one."""
+
+
+LIMITS = {
+    "KL to the start": Limit("kl_start", "nats a sequence", True),
+    "KL of the round": Limit("kl_round", "nats a sequence", True),
+    "entropy of answers": Limit("entropy", "nats a token", False),
+    "length of answers": Limit("length", "tokens", True),
+}
+"""By the name of their gate."""
+
+
+@dataclass(frozen=True, slots=True)
 class Gate:
-    """One check. `value` is the change of the mean score; `threshold` the least it may be.
+    """One check. `value` is the change of the mean score, and `threshold` the least it may be; or,
+    of `LIMITS`, what was measured and its bound.
 
     `smallest_detectable` is the drop that this many prompts show with 80% power;
     `false_stop_rate` is how often the point rule would stop a round that changed nothing (None
@@ -91,23 +112,45 @@ def decide(gates: Sequence[Gate], on_inconclusive: Literal["promote", "stop"]) -
     return Verdict(promoted, tuple(gates), reason + ".")
 
 
-def drift_gate(kl: Mapping[str, Any], max_kl: float, rule: Literal["interval", "point"]) -> Gate:
-    """Whether KL(policy || start), in nats a sequence, stays below `max_kl`.
+def limit_gates(drift: Mapping[str, Any], config: Gates) -> list[Gate]:
+    """One gate for each of `LIMITS` that is set, from what `rlhf.policy_drift` measured."""
+    return [
+        _limit_gate(name, drift[LIMITS[name].measured], bound, config.rule)
+        for name, bound in bounds(config).items()
+        if bound is not None
+    ]
 
-    `kl` has the mean over fresh samples and its standard error (None for a single sample). Pass if
-    the 95% interval lies below max_kl, fail if above, else inconclusive; `point` looks at the mean
-    alone. Raises ValueError on NaN.
+
+def bounds(config: Gates) -> dict[str, float | None]:
+    """The bound of each of `LIMITS`, None where none is set."""
+    return {
+        "KL to the start": config.max_kl,
+        "KL of the round": config.max_round_kl,
+        "entropy of answers": config.min_entropy,
+        "length of answers": config.max_length,
+    }
+
+
+def _limit_gate(
+    name: str, found: Mapping[str, Any], bound: float, rule: Literal["interval", "point"]
+) -> Gate:
+    """Whether a measured value, with its standard error (None for a single sample), keeps to its
+    bound.
+
+    Pass if the 95% interval lies within it, fail if outside, else inconclusive; `point` looks at
+    the mean alone. Raises ValueError on NaN.
     """
-    value = float(kl["kl"])
-    half = NORMAL_975 * _bounded(kl["standard_error"], math.inf)
+    value = float(found["value"])
+    half = NORMAL_975 * _bounded(found["standard_error"], math.inf)
     if math.isnan(value) or math.isnan(half):
-        raise ValueError(f"the KL to the start holds NaN: {dict(kl)}")
+        raise ValueError(f"the {name} holds NaN: {dict(found)}")
+    over = value - bound if LIMITS[name].most else bound - value
     verdict: Outcome = "inconclusive"
-    if (value if rule == "point" else value + half) <= max_kl:
+    if (over if rule == "point" else over + half) <= 0:
         verdict = "pass"
-    elif (value if rule == "point" else value - half) > max_kl:
+    elif (over if rule == "point" else over - half) > 0:
         verdict = "fail"
-    return Gate(DRIFT, value, value - half, value + half, max_kl, half, verdict, rule, None)
+    return Gate(name, value, value - half, value + half, bound, half, verdict, rule, None)
 
 
 def _gate(name: str, change: Mapping[str, Any], config: Gates) -> Gate:
@@ -144,9 +187,9 @@ def _bounded(value: float | None, unbounded: float) -> float:
 
 def _sentence(gate: Gate) -> str:
     interval = f"95% interval {gate.low:+.3f} to {gate.high:+.3f}"
-    if gate.name == DRIFT:
-        allowed = f"{gate.threshold:.3f} nats a sequence allowed"
-        return f"{gate.name} is {gate.value:.3f} ({interval}), {allowed}: {gate.verdict}"
+    if limit := LIMITS.get(gate.name):
+        bound = f"at {'most' if limit.most else 'least'} {gate.threshold:g} {limit.unit} allowed"
+        return f"{gate.name} is {gate.value:.3f} ({interval}), {bound}: {gate.verdict}"
     changed = f"{gate.name} changed by {gate.value:+.3f} ({interval})"
     drop = -gate.threshold
     if gate.rule == "point":

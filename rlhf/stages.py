@@ -15,8 +15,9 @@ import polars as pl
 from rlhf.errors import DataGateError
 from rlhf.evaluation import compare, per_prompt, summarise
 from rlhf.examples import weights_advice
-from rlhf.gates import decide, drift_gate, judge_gates
+from rlhf.gates import decide, judge_gates, limit_gates
 from rlhf.labels import select_labels
+from rlhf.policy_drift import divergence, sampled, spread
 from rlhf.protocols import Sampling
 from rlhf.rounds import Round
 from rlhf.selection import check_cold_start, cold_start, select_pairs
@@ -26,6 +27,9 @@ from rlhf.tracking import answer_rows, pair_rows
 from rlhf.types import Prompt, completions_of
 from rlhf.watch_stages import WatchStages
 from rlhf.yield_analysis import Draw, analyse, check_inversion, said
+
+DRIFT = ("kl_start", "kl_round", "entropy", "length")
+"""What of a version's drift stands beside its scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,20 +231,21 @@ class Stages(WatchStages):
             round.drop("trainer")
         self.parts.serving.wake()
 
-    def evaluate(self, round: Round, version: int) -> None:
-        """Held-out scores of `version` on the gate split, and its KL to the start."""
+    def evaluate(self, round: Round, version: int, before: int | None = None) -> None:
+        """Held-out scores of `version` on the gate split, and how far it has drifted; `before` is
+        the version that it was trained from, by default the one before it."""
         self._score_held_out(round, "evaluation", self.parts.gate, version)
         self._keep_greedy(round, version)
-        if version > 0 and not round.done("kl"):
-            prompts = self.parts.gate[: self.config.evaluation.kl_prompts]
+        if not round.done("drift"):
+            prompts = spread(self.parts.gate, self.config.evaluation.kl_prompts)
             fresh = Sampling(1, 1.0, 1.0, self.config.rollout.max_new_tokens, self.config.run.seed)
             drawn = self.generate(round, self.draw("evaluation/fresh", prompts, version, fresh))
-            with self.timed(round, "kl"):
-                round.record("kl", lambda: self._kl(drawn, version))
+            with self.timed(round, "drift"):
+                round.record("drift", lambda: self._drift(drawn, version, before))
         found = round.record("evaluation", lambda: self._evaluation(round, version))
         values = {name: score["value"] for name, score in found["scores"].items()}
-        if version > 0:
-            values["kl"] = round.stored("kl")["kl"]
+        drift = round.stored("drift")
+        values |= {f"drift.{name}": drift[name]["value"] for name in DRIFT if name in drift}
         self.metrics.settle(version, "held_out", values)
 
     def gate(self, round: Round, best: int) -> dict[str, Any]:
@@ -249,9 +254,7 @@ class Stages(WatchStages):
         def compute() -> dict[str, Any]:
             change = compare(self._table(round), self._table(self.store.round(best)), *self._draws)
             gates = judge_gates(change, self.config.gates, self.config.gated)
-            if self.config.gates.max_kl is not None:
-                kl = round.stored("kl")
-                gates.append(drift_gate(kl, self.config.gates.max_kl, self.config.gates.rule))
+            gates += limit_gates(round.stored("drift"), self.config.gates)
             verdict = decide(gates, self.config.gates.on_inconclusive)
             return {**asdict(verdict), "against": best}
 
@@ -359,25 +362,31 @@ class Stages(WatchStages):
             }
         return {"version": version, "scores": summarise(table, *self._draws), "against": against}
 
-    def _kl(self, drawn: pl.DataFrame, version: int) -> dict[str, Any]:
-        """KL(policy || start), in nats a sequence: mean over fresh samples y ~ policy of
-        log policy(y) - log start(y)."""
+    def _drift(self, drawn: pl.DataFrame, version: int, before: int | None) -> dict[str, Any]:
+        """What fresh samples of `version` say of it; a trained one is also held against the start
+        and the version that it was trained from."""
         completions = completions_of(drawn)
+        of = {prompt.prompt_id: prompt.cluster for prompt in self.parts.gate}
+        clusters = [of[c.prompt_id] for c in completions]
+        found = sampled(completions, clusters)
+        if version == 0:
+            return found
+
+        def logps(initial: bool = False) -> np.ndarray:
+            return np.array([sum(row) for row in learner.logps(completions, initial=initial)])
+
         learner = self.parts.learner
         self.parts.serving.sleep()
         learner.restore(self.policy(version))
-        now = np.array([sum(row) for row in learner.logps(completions)])
-        start = np.array([sum(row) for row in learner.logps(completions, initial=True)])
+        now, start = logps(), logps(initial=True)
+        began, since = start, version - 1 if before is None else before
+        if since > 0:
+            learner.restore(self.policy(since))
+            began = logps()
         self.parts.serving.wake()
-        difference = now - start
-        tokens = sum(len(c.token_ids) for c in completions)
-        error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else None
-        return {
-            "kl": float(difference.mean()),
-            "standard_error": None if error is None else float(error),
-            "kl_per_token": float(difference.sum() / tokens),
-            "samples": len(completions),
-        }
+        found["kl_start"] = divergence(completions, clusters, now, start)
+        found["kl_round"] = divergence(completions, clusters, now, began)
+        return found
 
     def _table(self, round: Round) -> pl.DataFrame:
         return round.stored_table("evaluation/per_prompt")

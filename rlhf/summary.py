@@ -15,6 +15,7 @@ from rlhf import judge_view, staleness, yield_analysis
 from rlhf.config import RunConfig
 from rlhf.evaluation import AUDIT_PREFIX
 from rlhf.files import atomic_write
+from rlhf.gates import LIMITS
 from rlhf.pair_audit import said
 from rlhf.rounds import RunStore
 from rlhf.run_view import RunView
@@ -140,7 +141,10 @@ def _rounds(store: RunStore, rounds: Sequence[int]) -> str:
     for index, evaluation in evaluations.items():
         row = {"round": "start" if index == 0 else str(index)}
         row |= {_shown(n): number(evaluation["scores"][n]["value"]) for n in names}
-        row["KL to start"] = "0" if index == 0 else number(store.round(index).stored("kl")["kl"])
+        drift = store.round(index).stored("drift")
+        for name, limit in LIMITS.items():
+            found = drift.get(limit.measured)
+            row[name] = "0" if found is None else number(found["value"])
         rows.append(row)
     return markdown_table(rows)
 
@@ -180,9 +184,9 @@ def _one_round(run: RunView, store: RunStore, index: int) -> str:
     gate_rows = [
         {
             "gate": gate["name"],
-            f"value (change against round {gates['against']})": change(gate["value"]),
-            "95% interval": interval(gate["low"], gate["high"]),
-            "threshold": change(gate["threshold"]),
+            f"change against round {gates['against']}, or value": said_as(gate["value"]),
+            "95% interval": f"{said_as(gate['low'])} to {said_as(gate['high'])}",
+            "threshold": said_as(gate["threshold"]),
             "smallest detectable": number(gate["smallest_detectable"]),
             "verdict": gate["verdict"]
             + (
@@ -192,6 +196,7 @@ def _one_round(run: RunView, store: RunStore, index: int) -> str:
             ),
         }
         for gate in gates["gates"]
+        for said_as in [number if gate["name"] in LIMITS else change]
     ]
     steps = [
         {

@@ -107,7 +107,11 @@ class Runs:
             before = self.store.round(0).stored_table("evaluation/per_prompt")
             change = compare(table, before, *draws)
             against = {name: {"round": 0, "change": change} for name in ("start", "previous")}
-            round.record("kl", lambda: {"kl": 0.4 * index, "standard_error": 0.1, "samples": 4})
+        measured = {"entropy": 1.5 - 0.1 * index, "length": 20.0 + index}
+        if index:
+            measured |= {"kl_start": 0.4 * index, "kl_round": 0.4}
+        drift = {n: {"value": v, "standard_error": 0.1} for n, v in measured.items()}
+        round.record("drift", lambda: drift)
         scores = summarise(table, *draws)
         round.record("evaluation", lambda: {"scores": scores, "against": against})
 

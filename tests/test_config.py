@@ -315,6 +315,16 @@ def test_a_leash_that_moves_needs_a_bound_on_the_drift(base: Path) -> None:
     assert config_io.load([base, bounded]).gates.max_kl == 9
 
 
+def test_a_bound_on_the_length_that_no_answer_reaches_is_refused(base: Path) -> None:
+    text = "rollout:\n  max_new_tokens: 64\ngates:\n  max_length: 64\n"
+    found = error(base, text)
+    assert found.startswith(
+        "gates.max_length must be below rollout.max_new_tokens 64, got 64: no answer is longer"
+    )
+    bounded = write(base.parent, text.replace("max_length: 64", "max_length: 63"))
+    assert config_io.load([base, bounded]).gates.max_length == 63
+
+
 def test_a_missing_setting_names_what_it_must_be(tmp_path: Path) -> None:
     path = write(tmp_path, "model:\n  revision: abc\n")
     lines = errors([path])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf.config import Gates
 from rlhf.errors import InputError
-from rlhf.gates import Gate, Outcome, decide, drift_gate, judge_gates
+from rlhf.gates import Gate, Outcome, decide, judge_gates, limit_gates
 
 
 def change(value: float, low: float | None, high: float | None) -> dict[str, Any]:
@@ -92,45 +92,77 @@ def test_nan_is_refused_under_both_rules() -> None:
 Rule = Literal["interval", "point"]
 
 
-def drift(kl: float, standard_error: float | None, rule: Rule = "interval") -> Gate:
-    return drift_gate({"kl": kl, "standard_error": standard_error}, 5.0, rule)
+def limited(
+    value: float, standard_error: float | None, rule: Rule = "interval", bound: str = "max_kl"
+) -> Gate:
+    """The gate of a measure that is bounded at 5."""
+    found = {"value": value, "standard_error": standard_error}
+    others = {"value": -1e9, "standard_error": 0.0}
+    measured = {
+        "max_kl": "kl_start",
+        "max_round_kl": "kl_round",
+        "min_entropy": "entropy",
+        "max_length": "length",
+    }
+    drift = {name: found if key == bound else others for key, name in measured.items()}
+    (gate,) = limit_gates(drift, Gates.model_validate({bound: 5.0, "rule": rule}))
+    return gate
 
 
-@pytest.mark.parametrize(
-    ("kl", "standard_error", "interval", "point"),
-    [
-        (4.0, 0.5, "pass", "pass"),
-        (4.0, 0.52, "inconclusive", "pass"),
-        (5.0, 0.0, "pass", "pass"),
-        (5.01, 0.0, "fail", "fail"),
-        (6.0, 0.52, "inconclusive", "fail"),
-        (6.0, 0.5, "fail", "fail"),
-        (0.1, None, "inconclusive", "pass"),
-        (50.0, None, "inconclusive", "fail"),
-    ],
-)
-def test_drift_is_held_below_its_limit(
-    kl: float, standard_error: float | None, interval: Outcome, point: Outcome
+# How far beyond its bound a measure is, its standard error, and what each rule says.
+BEYOND: list[tuple[float, float | None, Outcome, Outcome]] = [
+    (-1.0, 0.5, "pass", "pass"),
+    (-1.0, 0.52, "inconclusive", "pass"),
+    (0.0, 0.0, "pass", "pass"),
+    (0.01, 0.0, "fail", "fail"),
+    (1.0, 0.52, "inconclusive", "fail"),
+    (1.0, 0.5, "fail", "fail"),
+    (-4.9, None, "inconclusive", "pass"),
+    (45.0, None, "inconclusive", "fail"),
+]
+
+
+@pytest.mark.parametrize(("beyond", "standard_error", "interval", "point"), BEYOND)
+@pytest.mark.parametrize("bound", ["max_kl", "max_round_kl", "min_entropy", "max_length"])
+def test_drift_is_held_within_its_bound(
+    bound: str, beyond: float, standard_error: float | None, interval: Outcome, point: Outcome
 ) -> None:
-    assert drift(kl, standard_error).verdict == interval
-    assert drift(kl, standard_error, "point").verdict == point
+    value = 5.0 - beyond if bound == "min_entropy" else 5.0 + beyond
+    assert limited(value, standard_error, bound=bound).verdict == interval
+    assert limited(value, standard_error, "point", bound).verdict == point
+
+
+def test_only_what_is_bounded_has_a_gate() -> None:
+    drift = {n: {"value": 1.0, "standard_error": 0.1} for n in ("kl_start", "length")}
+    assert limit_gates(drift, Gates()) == []
+    assert [g.name for g in limit_gates(drift, Gates(max_length=9))] == ["length of answers"]
 
 
 @given(st.floats(-10, 100))
-def test_a_drift_without_error_never_passes_the_interval_rule(kl: float) -> None:
-    gate = drift(kl, None)
+def test_a_drift_without_error_never_passes_the_interval_rule(value: float) -> None:
+    gate = limited(value, None)
     assert gate.verdict == "inconclusive"
     assert (gate.low, gate.high, gate.smallest_detectable) == (-math.inf, math.inf, math.inf)
 
 
+@pytest.mark.parametrize("found", [(math.nan, 0.1), (1.0, math.nan)])
+def test_a_drift_that_is_no_number_is_refused(found: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="KL to the start holds NaN"):
+        limited(*found)
+
+
 @pytest.mark.parametrize("rule", ["interval", "point"])
 def test_drift_is_told_with_what_is_allowed(rule: Rule) -> None:
-    gate = drift(7.0, 0.5, rule)
+    gate = limited(7.0, 0.5, rule)
     assert (gate.value, gate.threshold, gate.rule) == (7.0, 5.0, rule)
     assert (gate.low, gate.high) == pytest.approx((6.020018, 7.979982), abs=1e-6)
     assert decide([PASS, gate], "promote").reason == (
-        "Not promoted: kl to the start is 7.000 (95% interval +6.020 to +7.980), "
-        "5.000 nats a sequence allowed: fail."
+        "Not promoted: KL to the start is 7.000 (95% interval +6.020 to +7.980), "
+        "at most 5 nats a sequence allowed: fail."
+    )
+    assert decide([limited(3.0, 0.1, rule, "min_entropy")], "promote").reason == (
+        "Not promoted: entropy of answers is 3.000 (95% interval +2.804 to +3.196), "
+        "at least 5 nats a token allowed: fail."
     )
 
 

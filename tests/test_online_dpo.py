@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fakes
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_every_file_of_a_round_is_in_its_manifest(run: Path) -> None:
         "cold_start.json", "completions/part-00002.parquet", "scores/part-00002.parquet",
         "funnel.json", "selection.json", "pairs.parquet", "reference_logps.parquet",
         "policy/README.md",
-        "policy/adapter_model.safetensors", "policy/tokenizer.json", "kl.json",
+        "policy/adapter_model.safetensors", "policy/tokenizer.json", "drift.json",
         "evaluation.json", "evaluation/completions/part-00000.parquet", "gates.json",
         "evaluation/per_prompt.parquet",
     } <= set(read(run / "rounds/0001/manifest.json")["sha256"])  # fmt: skip
@@ -191,12 +192,45 @@ def test_training_is_logged_once_a_step_and_starts_at_ln_2(run: Path) -> None:
     assert abs(moved - math.log(2)) > 1e-3
 
 
-def test_the_kl_to_the_start_is_of_the_policy_that_was_trained(run: Path) -> None:
-    kl = [read(run / f"rounds/{r}/kl.json") for r in ROUNDS[1:]]
-    fresh = parts(run / "rounds/0002/evaluation/fresh")
-    assert set(fresh["policy_version"]) == {2}
-    assert [found["samples"] for found in kl] == [4, 4]
-    assert all(found["kl"] != 0 for found in kl)
+def test_drift_is_held_against_frozen_copies_of_the_start_and_of_the_round_before(
+    run: Path, tiny_model: Path
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    copies = [AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)] + [
+        AutoPeftModelForCausalLM.from_pretrained(run / f"rounds/{r}/policy", dtype=torch.float32)
+        for r in ROUNDS[1:]
+    ]
+
+    def logps(version: int, drawn: pl.DataFrame) -> np.ndarray:
+        """Of each answer under one copy, one at a time."""
+        sums = []
+        for prompt, answer in drawn.select("prompt_token_ids", "token_ids").iter_rows():
+            with torch.no_grad():
+                logits = copies[version](torch.tensor([[*prompt, *answer]])).logits[0]
+            rows = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
+            sums.append(float(rows.gather(-1, torch.tensor(answer)[:, None]).sum()))
+        return np.array(sums)
+
+    for version, place in enumerate(ROUNDS):
+        drift = read(run / f"rounds/{place}/drift.json")
+        fresh = parts(run / f"rounds/{place}/evaluation/fresh")
+        assert set(fresh["policy_version"]) == {version}
+        assert drift["samples"] == fresh.height == 4
+        tokens = fresh["token_ids"].list.len().to_numpy()
+        own = logps(version, fresh)
+        assert drift["entropy"]["value"] == pytest.approx(-own.sum() / tokens.sum(), abs=1e-4)
+        assert drift["length"]["value"] == tokens.mean()
+        for name, other in (("kl_start", 0), ("kl_round", version - 1)):
+            if version == 0:
+                assert name not in drift
+                continue
+            moved = own - logps(other, fresh)
+            found = drift[name]
+            assert found["value"] == pytest.approx(moved.mean(), abs=1e-3)
+            assert found["standard_error"] == pytest.approx(moved.std(ddof=1) / 2, abs=1e-3)
+            assert found["per_token"] == pytest.approx(moved.sum() / tokens.sum(), abs=1e-4)
+            assert abs(found["value"]) > 1e-2
 
 
 def test_the_status_and_the_best_round_follow_the_gate_reward(run: Path) -> None:
@@ -230,8 +264,9 @@ def test_the_summary_says_what_changed_and_why(run: Path) -> None:
     for index in (1, 2):
         gates = read(run / f"rounds/{index:04d}/gates.json")
         assert f"## Round {index}\n\n{gates['reason']}" in text
-        kl = read(run / f"rounds/{index:04d}/kl.json")["kl"]
-        assert f"{kl:.3f}" in text
+        drift = read(run / f"rounds/{index:04d}/drift.json")
+        for name in ("kl_start", "kl_round", "entropy", "length"):
+            assert f"{drift[name]['value']:.3f}" in text
     assert "words (audit)" in text
 
 
@@ -317,16 +352,18 @@ def test_an_inconclusive_gate_does_what_was_asked(
 def test_a_round_that_drifts_too_far_from_the_start_is_not_promoted(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    drift = {"max_kl": 0.05, "rule": "point"}
+    bounds = {"max_kl": 0.05, "min_entropy": 1e-6, "rule": "point"}
     far = {"learning_rate": 0.03, "epochs": 2}
-    values = short(tmp_path, tiny_model, gates=drift, learner=far)
+    values = short(tmp_path, tiny_model, gates=bounds, learner=far)
     assert train(config(values)) == 3
     run = folder_of(values)
-    kl = read(run / "rounds/0001/kl.json")["kl"]
-    assert kl > 0.05
+    drift = read(run / "rounds/0001/drift.json")
+    assert drift["kl_start"]["value"] > 0.05
     gates = read(run / "rounds/0001/gates.json")["gates"]
-    assert [gate["verdict"] for gate in gates] == ["pass", "fail"]
-    assert gates[1]["value"] == pytest.approx(kl)
+    assert [gate["verdict"] for gate in gates] == ["pass", "fail", "pass"]
+    assert [gate["value"] for gate in gates[1:]] == [
+        drift[name]["value"] for name in ("kl_start", "entropy")
+    ]
 
 
 def failure(values: dict[str, Any]) -> str:

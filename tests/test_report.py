@@ -234,7 +234,8 @@ def test_the_numbers_are_those_of_the_run(improved: Path, page: Page) -> None:
             if step["lost_completions"]:
                 assert step["why"] in page.texts["funnel"]
         assert f"keeps {funnel['yield']['largest_admissible']} pairs" in page.texts["funnel"]
-        assert f"{stored(f'rounds/000{index}/kl.json')['kl']:.3f}" in page.texts["training"]
+        for name, found in stored(f"rounds/000{index}/drift.json").items():
+            assert f"{found['value']:.3f} (" in page.texts["training"], name
     assert "style (the chosen answers score lower on average)" in page.texts["pairs"]
     assert page.texts["pairs"].count("▼ inverted") >= 2
 

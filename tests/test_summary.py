@@ -70,6 +70,9 @@ FUNNEL = {
 }
 
 
+AT_START = {"entropy": {"value": 1.5}, "length": {"value": 40.0}}
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     return RunConfig.model_validate(run_values(tmp_path, "some/model"))
@@ -92,8 +95,9 @@ def keep(store: RunStore, index: int, **records: Any) -> None:
 
 
 def with_a_round(store: RunStore) -> None:
-    keep(store, 0, evaluation=evaluation(0))
-    keep(store, 1, evaluation=evaluation(1), kl={"kl": 0.125}, gates=GATES, funnel=FUNNEL)
+    keep(store, 0, evaluation=evaluation(0), drift=AT_START)
+    drift = {**AT_START, "kl_start": {"value": 0.125}, "kl_round": {"value": 0.125}}
+    keep(store, 1, evaluation=evaluation(1), drift=drift, gates=GATES, funnel=FUNNEL)
 
 
 def test_a_run_that_has_only_started_says_so(store: RunStore, config: RunConfig) -> None:

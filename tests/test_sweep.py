@@ -232,7 +232,7 @@ def test_points_answer_held_out_prompts_and_judges_score_them(
         for name, change in changes.items():
             assert change["value"] == start[name]["difference"]
             assert (change["low"], change["high"]) == (start[name]["low"], start[name]["high"])
-        kl = json.loads((run / f"rounds/000{number}/kl.json").read_text())["kl"]
+        kl = json.loads((run / f"rounds/000{number}/drift.json").read_text())["kl_start"]["value"]
         assert point["answers"]["kl"] == kl
         served = (run / f"rounds/000{number}/policy/adapter_model.safetensors").read_bytes()
         own = folder / point["name"] / "rounds/0001/policy/adapter_model.safetensors"

@@ -50,20 +50,20 @@ def _content(run: RunView, budget: int) -> dict[str, Any]:
     compared = data.comparison(run)
     timing = data.timing(run, metrics, pairs)
     said = verdict(run)
-    kl = data.kl(run)
+    drift = data.drift(run)
     return {
         "name": run.config.run.name,
         "verdict": said,
         "tone": _TONES[said.tone],
         "stamps": stamps(run),
-        "facts": _facts(run, compared, pairs, kl, timing),
+        "facts": _facts(run, compared, pairs, drift, timing),
         "scores": page.scores(data.dimensions(run), compared) if run.evaluated else None,
         "gates": page.gates(data.gate_rows(run)),
         "judges": judges(run),
         "funnels": page.funnels(run),
         "pools": data.pool_counts(run),
         "pairs": page.pairs(pairs),
-        "training": page.training(metrics, kl, run.config.gates.max_kl),
+        "training": page.training(metrics, drift, run.config.gates),
         "timing": page.timing(timing),
         "browser": browser(run, budget),
         "settings": _settings(run),
@@ -75,7 +75,7 @@ def _facts(
     run: RunView,
     compared: data.Comparison | None,
     pairs: list[data.Pairs],
-    kl: list[data.Point],
+    drift: dict[str, list[data.Point]],
     timing: data.Timing,
 ) -> list[tuple[str, str, str]]:
     """What is asked first: name, value, what it is about."""
@@ -84,9 +84,10 @@ def _facts(
         start, now = (side["reward"]["value"] for side in (compared.start, compared.now))
         where = f"start → round {compared.round}, {compared.split} split"
         facts.append(("Reward", f"{number(start)} → {number(now)}", where))
-        drift = next((p for p in kl if p.round == compared.round), None)
-        if drift is not None:
-            facts.append(("KL to the start", f"{drift.value:.2f}", f"nats, round {drift.round}"))
+        name = "KL to the start"
+        moved = next((p for p in drift[name] if p.round == compared.round), None)
+        if moved is not None:
+            facts.append((name, f"{moved.value:.2f}", f"nats, round {moved.round}"))
     promoted = len(run.status.get("promoted") or [])
     facts.append(("Rounds promoted", str(promoted), f"of {run.config.rounds.count} planned"))
     if pairs:

@@ -162,11 +162,11 @@ def curve_panel(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str], la
 
 
 @styled
-def kl_panel(points: Sequence[Point], limit: float | None, label: str) -> Markup:
-    """KL to the start of each round, and the largest that a gate allows."""
+def drift_panel(points: Sequence[Point], limit: float | None, label: str) -> Markup:
+    """A measure of each version of the policy, and what a gate allows of it."""
     axes = _panel()
     axes.axhline(0, color=MUTED, linewidth=0.8)
-    shown = [Point(0, 0.0, 0.0, 0.0), *points][-_ROUNDS_SHOWN:]
+    shown = points[-_ROUNDS_SHOWN:]
     for x, point in enumerate(shown):
         _whisker(axes, x, point, INK if point.round else MUTED)
     if limit is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from rlhf.evaluation import AUDIT_PREFIX
-from rlhf.gates import DRIFT, NORMAL_975
+from rlhf.gates import LIMITS, NORMAL_975
 from rlhf.run_view import RoundView, RunView
 from rlhf.statistics import standard_error
 
@@ -178,22 +178,24 @@ def gate_rows(run: RunView) -> list[dict[str, Any]]:
     return rows
 
 
-def is_drift(gate: Mapping[str, Any]) -> bool:
-    """Whether a gate is on the KL, whose value is no change of a score."""
-    return bool(gate["name"] == DRIFT)
+def is_limit(gate: Mapping[str, Any]) -> bool:
+    """Whether a gate bounds the policy's drift, and its value is no change of a score."""
+    return gate["name"] in LIMITS
 
 
-def kl(run: RunView) -> list[Point]:
-    """KL to the start in nats a sequence, 95% interval from its standard error."""
-    points = []
+def drift(run: RunView) -> dict[str, list[Point]]:
+    """How far the policy moved, by round with 95% intervals from standard errors; the names are
+    those of `LIMITS`."""
+    found: dict[str, list[Point]] = {name: [] for name in LIMITS}
     for round in run.rounds:
-        found = round.record("kl")
-        if found is not None and round.index is not None:
-            error = found["standard_error"]
-            half = None if error is None else NORMAL_975 * error
-            ends = (None, None) if half is None else (found["kl"] - half, found["kl"] + half)
-            points.append(Point(round.index, found["kl"], *ends))
-    return points
+        measured = round.record("drift") or {}
+        for name, limit in LIMITS.items():
+            if round.index is not None and limit.measured in measured:
+                value, error = (measured[limit.measured][n] for n in ("value", "standard_error"))
+                half = None if error is None else NORMAL_975 * error
+                ends = (None, None) if half is None else (value - half, value + half)
+                found[name].append(Point(round.index, value, *ends))
+    return found
 
 
 def pairs(run: RunView) -> list[Pairs]:

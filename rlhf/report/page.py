@@ -9,6 +9,8 @@ from typing import Any
 from markupsafe import Markup
 
 from rlhf import staleness
+from rlhf.config import Gates
+from rlhf.gates import LIMITS, bounds
 from rlhf.report import charts, data
 from rlhf.report.data import Comparison, Dimension, Pairs, Point
 from rlhf.report.drawing import DOWN, INK, UP
@@ -16,10 +18,10 @@ from rlhf.report.selection import explained
 from rlhf.report.tables import (
     comparison_row,
     curve_rows,
+    drift_rows,
     duration,
     gap_row,
     gate_row,
-    kl_row,
     quantile_row,
     round_row,
     score_row,
@@ -42,8 +44,8 @@ STAGES = {
     "evaluation/scores": "gate split: score",
     "greedy/completions": "likeliest answers: sample",
     "greedy/scores": "likeliest answers: score",
-    "evaluation/fresh": "KL: sample",
-    "kl": "KL: log-probs",
+    "evaluation/fresh": "drift: sample",
+    "drift": "drift: log-probs",
     "start/completions": "final split, start: sample",
     "start/scores": "final split, start: score",
     "best/completions": "final split, best: sample",
@@ -106,7 +108,7 @@ def gates(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     lead = f"Promoted: round {', '.join(promoted)}. " if promoted else "No round was promoted. "
     if stopped:
         lead += f"Stopped at: round {', '.join(stopped)}."
-    on_scores = [row for row in rows if not data.is_drift(row)]
+    on_scores = [row for row in rows if not data.is_limit(row)]
     label = "Gates on scores: change with 95% interval, threshold and smallest detectable drop"
     return {
         "lead": lead,
@@ -162,9 +164,9 @@ def pairs(found: Sequence[Pairs]) -> dict[str, Any]:
 
 
 def training(
-    metrics: Sequence[Mapping[str, Any]], kl: Sequence[Point], max_kl: float | None
+    metrics: Sequence[Mapping[str, Any]], drift: Mapping[str, Sequence[Point]], gates: Gates
 ) -> dict[str, Any]:
-    """Curves over the optimizer steps of all rounds, and the KL of each round."""
+    """Curves over the optimizer steps of all rounds, and how far each round moved the policy."""
     rows, size = data.curves(metrics)
     plots, tables = [], []
     if rows:
@@ -186,11 +188,14 @@ def training(
         ]
         of = "each step" if size == 1 else f"means of {size} steps"
         tables.append(table(f"Training curves, {of}", curve_rows(rows)))
-    if kl:
-        label = "KL to the start by round"
-        note = "nats a sequence, by round" + ("" if max_kl is None else "; dashed: the limit")
-        plots.append(Plot("KL to the start", charts.kl_panel(kl, max_kl, label), note))
-        tables.append(table("KL to the start, nats a sequence", [kl_row(p) for p in kl]))
+    # The start alone has not drifted.
+    if any(point.round for points in drift.values() for point in points):
+        for name, limit in LIMITS.items():
+            title, bound = name[0].upper() + name[1:], bounds(gates)[name]
+            note = f"{limit.unit}, by round" + ("" if bound is None else "; dashed: the limit")
+            panel = charts.drift_panel(drift[name], bound, f"{title} by round")
+            plots.append(Plot(title, panel, note))
+        tables.append(table("How far the policy moved, 95% intervals", drift_rows(drift)))
     return {
         "lead": _training_lead(rows, size, data.skipped_steps(metrics)),
         "plots": plots,

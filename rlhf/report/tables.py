@@ -81,7 +81,7 @@ def round_row(dimension: Dimension, score: Point) -> dict[str, str]:
 
 
 def gate_row(gate: Mapping[str, Any]) -> dict[str, str]:
-    signed = number if data.is_drift(gate) else change
+    signed = number if data.is_limit(gate) else change
     rate = gate["false_stop_rate"]
     rule = "" if rate is None else f" (point rule, stops {rate:.0%} of unchanged rounds)"
     return {
@@ -135,12 +135,16 @@ def curve_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def kl_row(point: Point) -> dict[str, str]:
-    return {
-        "round": str(point.round),
-        "KL": number(point.value),
-        "95% interval": f"{number(point.low)} to {number(point.high)}",
-    }
+def drift_rows(drift: Mapping[str, Sequence[Point]]) -> list[dict[str, str]]:
+    """A row a round, a column for each of its measures; the start has not moved."""
+    found: dict[int, dict[str, str]] = {}
+    for name, points in drift.items():
+        for p in points:
+            row = found.setdefault(
+                p.round, {"round": str(p.round or "start"), **dict.fromkeys(drift, "0")}
+            )
+            row[name] = f"{number(p.value)} ({number(p.low)} to {number(p.high)})"
+    return [found[index] for index in sorted(found)]
 
 
 def time_row(name: str, seconds: float, whole: float, tokens: int | None) -> dict[str, Any]:
