@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CPU_BLOCK = 64
+"""Tokens a block of the cache, on a CPU. Samples of a prompt, and prompts that begin alike, share
+whole blocks alone: in vLLM's 128 each of 8 samples of a prompt of 200 tokens computes 72 of them
+again, here 8; in still smaller ones attention loses more than that gains
+(`benchmarks/cache_blocks.py`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -188,16 +194,13 @@ def device_arguments(options: EngineOptions, device: str) -> dict[str, Any]:
 
     On a CPU the cache's size is given outright (else vLLM wants most of the machine's memory to be
     free), requests with seeds crash under chunked prefill ("CPU Generator does not use offset"),
-    and graphs cost more to compile than a run gains. Samples of a prompt, and prompts that begin
-    alike, share whole blocks of the cache alone: in vLLM's blocks of 128 tokens each of 8 samples
-    of a prompt of 200 computed 72 of them again, in blocks of 64 it computes 8; in still smaller
-    ones attention loses more than is gained.
+    and graphs cost more to compile than a run gains.
     """
     if device != "cpu":
         return {"gpu_memory_utilization": options.gpu_memory_share, "enable_sleep_mode": True}
     return {
         "kv_cache_memory_bytes": round(options.memory_gib * 2**30),
-        "block_size": 64,
+        "block_size": CPU_BLOCK,
         "enforce_eager": True,
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(8192, options.max_length),
