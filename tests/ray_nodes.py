@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -30,8 +30,12 @@ def cluster_of(*cpus: int) -> Iterator[Cluster]:
 
 
 def actors(kind: str) -> list[psutil.Process]:
-    """Processes of the living actors of a class."""
-    named = f"ray::{kind}"
-    listed = psutil.process_iter(["cmdline"])
-    # Of one that ends meanwhile there is no command line.
-    return [p for p in listed if " ".join(p.info["cmdline"] or ()).startswith(named)]
+    """Processes of the living actors of a class, of this process's own clusters: other tests may
+    have theirs at the same time."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        # One that ends meanwhile is no living actor.
+        with suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline()).startswith(f"ray::{kind}"):
+                found.append(process)
+    return found
