@@ -7,8 +7,10 @@ longer than the pipe to its first process.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,16 @@ from pathlib import Path
 NODES = {"n1": "10.99.0.1", "n2": "10.99.0.2"}
 """By name, their addresses on the cable between them."""
 POLL = 0.1
+
+
+@contextmanager
+def one_cluster() -> Iterator[None]:
+    """No other test of this machine has a cluster within the block. Ray gives a node 30 seconds to
+    start, and two clusters that start on two cores have taken longer."""
+    lock = Path(tempfile.gettempdir()) / "pairloop-tests-cluster.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 from golden_run import environment
+from nodes import one_cluster
 from ray.cluster_utils import Cluster
 
 
@@ -16,7 +17,7 @@ from ray.cluster_utils import Cluster
 def cluster_of(*cpus: int) -> Iterator[Cluster]:
     """A raylet for each number of CPUs that it pretends to have, the head first; runs that are
     started within find it."""
-    with pytest.MonkeyPatch.context() as patch:
+    with one_cluster(), pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
             patch.setenv(name, value)
         memory: dict[str, Any] = {"object_store_memory": 100 * 2**20}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from nodes import NODES, at, connect, inside, node, search_path, until
+from nodes import NODES, at, connect, inside, node, one_cluster, search_path, until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "unshare", "nsenter")
 
@@ -94,6 +94,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     (folder / "munge.key").chmod(0o600)
     (folder / "state").mkdir()
     with ExitStack() as stack:
+        stack.enter_context(one_cluster())
         first, second = (stack.enter_context(node(name, folder)) for name in NODES)
         connect(first, second)
         munge = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "log", "pid", "seed")]

@@ -13,7 +13,8 @@ from golden_run import finish, golden, observed, replay, start, wait_for, write_
 from ray.cluster_utils import Cluster
 from ray_nodes import actors, cluster_of
 
-pytestmark = pytest.mark.engine
+# Another file's cluster may have to end first.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
 NODES = 2
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from golden_run import environment, golden, observed, replay, write_config
-from nodes import NODES, at, inside, node, search_path, until
+from nodes import NODES, at, inside, node, one_cluster, search_path, until
 
-pytestmark = pytest.mark.engine
+# Another file's cluster may have to end first.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
 HEAD = NODES["n1"]
 SERVER = f"http://{HEAD}:8265"
@@ -88,7 +89,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]
     folder = tmp_path_factory.mktemp("head")
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
-    with node("n1", folder) as process:
+    with one_cluster(), node("n1", folder) as process:
         path = {**os.environ, "PATH": search_path()}
         give = ["ip", "addr", "add", f"{HEAD}/24", "dev", "lo"]
         subprocess.run([*inside(process), *give], check=True, env=path)

@@ -18,7 +18,8 @@ from ray.cluster_utils import Cluster
 from ray_nodes import actors, cluster_of
 from test_reward_model_judge import save_reward_model
 
-pytestmark = pytest.mark.engine
+# Another file's cluster may have to end first.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
 PLACEMENT = {"kind": "ray", "colocate": False}
 

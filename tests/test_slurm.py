@@ -19,7 +19,8 @@ from fakes import run_values
 from nodes import until
 from slurm_cluster import Cluster, cluster
 
-pytestmark = pytest.mark.engine
+# Another file's cluster may have to end first.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
 DEADLINE = 300.0
 TESTS = Path(__file__).parent

@@ -16,7 +16,8 @@ from slurm_cluster import Cluster, cluster
 from test_offline import write_config as write_offline
 from test_offline import write_pairs
 
-pytestmark = pytest.mark.engine
+# Another file's cluster may have to end first.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
 DEADLINE = 600.0
 TESTS = Path(__file__).parent
