@@ -1,12 +1,12 @@
 """How far training moved a policy, measured on fresh samples of its own (temperature 1, top-p 1).
 
 Values carry standard errors over clusters of prompts, since answers to questions about one passage
-are no independent evidence: with r_i what sample i deviates and R_g its sum over cluster g of G,
-error = sqrt(G / (G - 1) sum_g R_g^2) / N (Liang and Zeger 1986); None for a single cluster.
+are no independent evidence; None for a single cluster.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.errors import NonFiniteError
+from rlhf.statistics import standard_error
 from rlhf.types import Completion, Prompt
 
 F64 = NDArray[np.float64]
@@ -82,7 +83,7 @@ def _tokens(drawn: Sequence[Completion]) -> F64:
 
 def _mean(values_N: F64, clusters: Sequence[str]) -> dict[str, float | None]:
     value = float(values_N.mean())
-    return {"value": value, "standard_error": _error(values_N - value, clusters)}
+    return {"value": value, "standard_error": _error(values_N, clusters)}
 
 
 def _per_token(values_N: F64, tokens_N: F64, clusters: Sequence[str]) -> dict[str, float | None]:
@@ -93,10 +94,6 @@ def _per_token(values_N: F64, tokens_N: F64, clusters: Sequence[str]) -> dict[st
     }
 
 
-def _error(residuals_N: F64, clusters: Sequence[str]) -> float | None:
-    _, of_N = np.unique(np.array(clusters), return_inverse=True)
-    sums_G = np.bincount(of_N, weights=residuals_N)
-    count = len(sums_G)
-    if count < 2:
-        return None
-    return float(np.sqrt(count / (count - 1) * (sums_G**2).sum()) / len(residuals_N))
+def _error(values_N: F64, clusters: Sequence[str]) -> float | None:
+    error = standard_error(values_N, clusters)
+    return error if math.isfinite(error) else None

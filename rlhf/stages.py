@@ -15,7 +15,7 @@ import polars as pl
 from rlhf.errors import DataGateError
 from rlhf.evaluation import compare, per_prompt, summarise
 from rlhf.examples import weights_advice
-from rlhf.gates import decide, judge_gates, limit_gates
+from rlhf.gates import LIMITS, decide, judge_gates, limit_gates
 from rlhf.labels import select_labels
 from rlhf.policy_drift import divergence, sampled, spread
 from rlhf.protocols import Sampling
@@ -27,9 +27,6 @@ from rlhf.tracking import answer_rows, pair_rows
 from rlhf.types import Prompt, completions_of
 from rlhf.watch_stages import WatchStages
 from rlhf.yield_analysis import Draw, analyse, check_inversion, said
-
-DRIFT = ("kl_start", "kl_round", "entropy", "length")
-"""What of a version's drift stands beside its scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +242,8 @@ class Stages(WatchStages):
         found = round.record("evaluation", lambda: self._evaluation(round, version))
         values = {name: score["value"] for name, score in found["scores"].items()}
         drift = round.stored("drift")
-        values |= {f"drift.{name}": drift[name]["value"] for name in DRIFT if name in drift}
+        measured = [limit.measured for limit in LIMITS.values() if limit.measured in drift]
+        values |= {f"drift.{name}": drift[name]["value"] for name in measured}
         self.metrics.settle(version, "held_out", values)
 
     def gate(self, round: Round, best: int) -> dict[str, Any]:
