@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
 from launch.actors import LOST, TRIES, ActorLostError, Seat, Seats, answered, started
 from launch.quiet import hush, hush_transformers
 from launch.roles import Cards, Roles, Say
-from rlhf.protocols import Job, Loaded, Published, Sampling
+from rlhf.protocols import Job, Learner, Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
 from rollout.weight_sync import check_loaded
 
 if TYPE_CHECKING:
-    pass
+    from rollout.transfer import Coming
+
+T = TypeVar("T")
 
 
 class Holder:
@@ -71,6 +74,8 @@ class Generators:
         self._seats = seats.of["generator"]
         self._colocated = seats.colocated
         self._arguments = roles, longest
+        self.device = roles.plan.device
+        """cpu or cuda."""
         self._say = say
         self._published: Published | None = None
         self._turn = Lock()
@@ -122,11 +127,46 @@ class Generators:
     def load(self, published: Published) -> Loaded:
         """See `Generator.load`."""
         self._published = None
-        said = self._all("load", published)
+        said: list[Loaded] = self._all("load", published)
         self._published = published
-        # Any that differs will do: the caller compares it with what was published.
-        loaded: Loaded = next((word for word in said if word != said[0]), said[0])
-        return loaded
+        return _odd(said)
+
+    def receive(self, learner: Learner, version: int, stored: Path) -> tuple[Published, Loaded]:
+        """See `Receiver.receive`; from the ranks of `launch.learner_actors`. Where one of either
+        side is lost on the way, all are made anew and read the version where it is stored."""
+        from launch.learner_actors import Learners
+        from launch.weight_network import transfer
+        from rlhf.policy import DTYPES
+        from rlhf.weights import stored_digest
+
+        assert isinstance(learner, Learners), "one process sends nothing to itself"
+        self._published = None
+        try:
+            sent, said = transfer(self, learner, version, stored)
+        except LOST as error:
+            self._say(
+                f"version {version} was lost on its way: {error}; learner ranks and generators are "
+                "made anew and read it where it is stored"
+            )
+            learner.renew()
+            self._renew()
+            digest = stored_digest(stored, DTYPES[learner.config.model.precision])
+            published = Published(version, stored, "stored", digest)
+            return published, self.load(published)
+        self._published = Published(version, stored, "stored", sent)
+        return self._published, _odd(said)
+
+    def receiving(self, version: int, stored: Path, coming: Sequence[Coming]) -> list[Any]:
+        """References to what each says once it has received."""
+        return [
+            actor.call.remote("receive", version, stored, own)
+            for actor, own in zip(self._actors, coming, strict=True)
+        ]
+
+    @property
+    def workers(self) -> list[int]:
+        """Processes that hold each one's weights."""
+        return [1 + len(seat.beside) for seat in self._seats]
 
     def sleep(self) -> None:
         """See `Generator.sleep`; those with GPUs of their own need not."""
@@ -135,9 +175,8 @@ class Generators:
 
     def wake(self) -> Loaded | None:
         """See `Generator.wake`."""
-        said = self._all("wake")
-        loaded: Loaded | None = next((word for word in said if word != said[0]), said[0])
-        return loaded
+        said: list[Loaded | None] = self._all("wake")
+        return _odd(said)
 
     def close(self) -> None:
         """End the actors."""
@@ -165,6 +204,11 @@ class Generators:
     def _make(self, seat: Seat) -> Any:
         return seat.make(GeneratorActor, *self._arguments, seat)
 
+    def _renew(self) -> None:
+        """All anew, serving nothing yet."""
+        self.close()
+        self._actors = [self._make(seat) for seat in self._seats]
+
     def _replace(self, at: int, lost: Any, tries: int, error: Exception) -> None:
         """In place of the actor that was `lost`, a new one that serves what the others serve; one
         thread at a time, since another may have lost the same."""
@@ -184,6 +228,12 @@ class Generators:
                 except LOST as again:
                     ray.kill(made)
                     tries, error = tries + 1, again
+
+
+def _odd(said: Sequence[T]) -> T:
+    """What one of them says that differs, if any does: the caller compares it with what was
+    published."""
+    return next((word for word in said if word != said[0]), said[0])
 
 
 def _own_gpus() -> list[str]:

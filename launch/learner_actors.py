@@ -24,6 +24,8 @@ from rlhf.types import Completion, Trained
 if TYPE_CHECKING:
     import polars as pl
 
+    from rollout.transfer import Meeting
+
 POLL_S = 0.2
 """Seconds between looks at a training's steps."""
 
@@ -81,6 +83,21 @@ class LearnerActor:
         with leaving_together():
             found = getattr(self._learner, method)(*arguments)
         return found if self._rank == 0 else None
+
+    def described(self) -> dict[str, Any]:
+        """The weights that it would send, as generators are told them."""
+        from rollout.vllm_transfer import described
+
+        return described(self._learner.policy)
+
+    def send(self, meeting: Meeting) -> str:
+        """Send whole weights to all generators, with the other ranks; the digest of what the first
+        rank sent."""
+        from launch.ranks import leaving_together
+        from rollout.vllm_transfer import send
+
+        with leaving_together():
+            return send(self._learner.policy, self._rank, meeting)
 
     def train(
         self,
@@ -208,6 +225,27 @@ class Learners:
             steps.shutdown()
         return trained
 
+    def described(self) -> dict[str, Any]:
+        """The weights that would be sent, as generators are told them."""
+        found: dict[str, Any] = self._together(lambda: answered(self._ranks[0].described.remote()))
+        return found
+
+    def address(self) -> tuple[str, int]:
+        """Where others may meet the first rank."""
+        host, port = self._together(lambda: answered(self._ranks[0].address.remote()))
+        return host, port
+
+    def send(self, meeting: Meeting) -> list[Any]:
+        """Let all ranks send the policy's weights; references to their answers, the first rank's
+        digest first."""
+        return [rank.send.remote(meeting) for rank in self._ranks]
+
+    def renew(self) -> None:
+        """Make all ranks anew, with the policy that was restored last: one may wait for good for
+        whom it sent to."""
+        self.close()
+        self._together(lambda: None, dead=True)
+
     def close(self) -> None:
         """End the ranks."""
         for rank in self._ranks:
@@ -216,8 +254,7 @@ class Learners:
     def _call(self, method: str, *arguments: Any) -> Any:
         return _agreed([rank.call.remote(method, *arguments) for rank in self._ranks])
 
-    def _together(self, ask: Callable[[], Any]) -> Any:
-        dead = False
+    def _together(self, ask: Callable[[], Any], dead: bool = False) -> Any:
         for again in range(TRIES + 1):
             try:
                 if dead:

@@ -75,6 +75,15 @@ def place(
             "rollout.transfer memory is for whole weights, but here the adapter alone travels; use "
             "auto, or rollout.sync merged"
         )
+    if config.rollout.transfer == "network" and not (
+        sync == "merged" and config.model.whole and engine == "vllm"
+    ):
+        raise InputError(
+            "rollout.transfer network sends whole weights, as rounds store them, to vLLM: it needs "
+            "model.tuning full or model.lora.rounds new, rollout.sync merged and rollout.engine "
+            f"vllm, got tuning {tuning}, rounds {config.model.lora.rounds}, sync {sync} and engine "
+            f"{engine}; use auto, memory or disk"
+        )
     if sync == "adapter" and tuning == "qlora" and not vllm_nf4:
         raise InputError(
             "model.tuning qlora needs vLLM's bitsandbytes plugin to serve the NF4 base: "

@@ -136,6 +136,7 @@ class Roles:
                 gpu_memory_share=cards.share,
                 seed=config.run.seed,
                 tensor_parallel=cards.count,
+                receives=rollout.transfer == "network",
             ),
         )
 

@@ -240,6 +240,14 @@ class RunConfig(Section):
                 "need places of their own: placement.kind ray and colocate false, got kind "
                 f"{self.placement.kind} and colocate {self.placement.colocate}"
             )
+        if self.rollout.transfer == "network" and (
+            self.placement.kind != "ray" or self.placement.colocate is not False
+        ):
+            raise ValueError(
+                "rollout.transfer network sends weights to generators with places of their own: "
+                "placement.kind ray and colocate false, got kind "
+                f"{self.placement.kind} and colocate {self.placement.colocate}"
+            )
         if not self.weights:
             raise ValueError(
                 f"selection.weights must be given: judges score {list(scored)}, "

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from rlhf.config_base import Section
 
-Transfer = Literal["auto", "memory", "disk"]
+Transfer = Literal["auto", "memory", "disk", "network"]
 
 
 class PromptSource(Section):
@@ -99,7 +99,9 @@ class Rollout(Section):
     """Where whole weights lie on their way to generators. `memory`: a private folder of /dev/shm,
     where all processes of the run are on one host, so that no disk slows a publish; `disk`: the
     run's folder, which every node sees; `auto`: memory where it can be had, else disk, and the log
-    says why. An adapter is small and always takes the run's folder."""
+    says why; `network`: nowhere, they are sent to vLLM's workers on other GPUs or hosts (NCCL
+    among GPUs, gloo among CPUs), for models that are stored whole: full tuning, or
+    `model.lora.rounds` new. An adapter is small and always takes the run's folder."""
     parity_completions: Annotated[int, Field(ge=2)] = 16
     """Completions scored by learner and generator after every publish."""
     parity_tolerance: Annotated[float, Field(gt=0)] | None = None

@@ -31,6 +31,7 @@ from rlhf.model_files import load_tokenizer, stop_token_ids
 from rlhf.partition import WHOLE, Partition, whole_shape
 from rlhf.weights import (
     dequantised,
+    in_precision,
     load_base,
     named_weights,
     stored_shapes,
@@ -207,6 +208,16 @@ class Policy:
         """
         return self._with_adapter(self._held())
 
+    def merged_shapes(self) -> list[tuple[str, torch.Size, torch.dtype]]:
+        """(name, whole shape, type) of what `merged_weights` yields, in compute precision and in
+        its order; nothing is gathered."""
+        tied = self._tied()
+        return [
+            (name, whole_shape(held), self.dtype if held.is_floating_point() else held.dtype)
+            for name, held in named_weights(self.plain_model()).items()
+            if name not in tied
+        ]
+
     def _held(self) -> Iterator[tuple[str, Tensor]]:
         """The weights under the adapter, as they are held."""
         return self._whole(self.plain_model())
@@ -293,7 +304,7 @@ class Policy:
 
         copy = self.shares
         stored = {
-            n: w.to("cpu", dtype if w.is_floating_point() else w.dtype, copy=copy).contiguous()
+            n: in_precision(w, dtype, device="cpu", copy=copy).contiguous()
             for n, w in weights
             if write
         }

@@ -41,8 +41,10 @@ class Sampling:
 class Published:
     """A policy version as it travels to generators.
 
-    `kind` is `merged` (a whole Hugging Face folder) or `adapter` (a PEFT folder over the base that
-    the generator already holds). `sha256` covers the weight files in `path`, in name order.
+    `kind` is `merged` (a whole Hugging Face folder), `adapter` (a PEFT folder over the base that
+    the generator already holds) or `stored` (a whole folder as a round keeps it, its weights in
+    fp32). `sha256` covers the weight files in `path`, in name order; of what is stored it is
+    `rlhf.weights.Digest`, which weights that were sent without a file have too.
     """
 
     version: int
@@ -102,6 +104,16 @@ class Pool(Generator, Protocol):
 
     def all_logps(self, completions: Sequence[Completion]) -> list[list[list[float]]]:
         """What `logps` gives for the same completions, for every generator."""
+        ...
+
+
+@runtime_checkable
+class Receiver(Generator, Protocol):
+    """A generator, or a pool, that a learner can send whole weights to."""
+
+    def receive(self, learner: Learner, version: int, stored: Path) -> tuple[Published, Loaded]:
+        """Serve what the learner holds, which a round has `stored`: what was sent, by the learner's
+        own word, and what came. The generator has served a version before."""
         ...
 
 

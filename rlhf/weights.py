@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,41 @@ def dequantised(weight: Tensor) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, state)
+
+
+class Digest:
+    """What whole weights are told apart by, wherever they lie: on a GPU, in a file, in an order of
+    its own. Of each weight all rows and all columns are marked where they lie, by the exclusive or
+    of their numbers, so that a GPU's weights need not come to the host to be hashed."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """Weights count as what they are in `dtype`."""
+        self._dtype = dtype
+        self._lines: list[str] = []
+
+    def add(self, name: str, weight: Tensor) -> None:
+        """Take a weight into account, once."""
+        held = in_precision(weight, self._dtype)
+        rows = held.reshape(len(held), -1) if held.dim() > 1 else held.reshape(1, -1)
+        marks = sha256()
+        if rows.numel():
+            for axis in (0, 1):
+                marks.update(torch.hash_tensor(rows, dim=axis).cpu().numpy().tobytes())
+        self._lines.append(f"{name} {held.dtype} {[*held.shape]} {marks.hexdigest()}\n")
+
+    def hexdigest(self) -> str:
+        """SHA-256 over names, types, shapes and marks, in name order."""
+        return sha256("".join(sorted(self._lines)).encode()).hexdigest()
+
+
+def in_precision(weight: Tensor, dtype: torch.dtype, **options: Any) -> Tensor:
+    """A weight in compute precision; what isn't a fraction stays as it is."""
+    return weight.to(dtype=dtype if weight.is_floating_point() else weight.dtype, **options)
+
+
+def stored_digest(folder: Path, dtype: torch.dtype) -> str:
+    """`Digest` of all that a folder's safetensors hold."""
+    digest = Digest(dtype)
+    for name, weight in stored_weights(folder):
+        digest.add(name, weight)
+    return digest.hexdigest()

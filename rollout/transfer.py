@@ -1,4 +1,5 @@
-"""Where a version's whole weights lie on their way to generators: in shared memory, or on disk.
+"""Where a version's whole weights lie on their way to generators: in shared memory, or on disk; or
+where both ends meet.
 
 Shared memory is a file system like any other here: what is written, hashed, loaded and checked is
 the same folder, which never reaches a disk. It serves where the process that writes it, the one
@@ -14,6 +15,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf.config_rollout import Transfer
 from rlhf.errors import InputError
@@ -32,6 +34,28 @@ class Room:
 
     needed: int
     free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the sender, rank 0, and all workers of all generators meet."""
+
+    host: str
+    port: int
+    world: int
+    device: str
+    """cpu or cuda."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """What a generator is to receive."""
+
+    meeting: Meeting
+    first: int
+    """Rank of the first of its workers."""
+    weights: dict[str, Any]
+    """As `rollout.vllm_transfer.described` gives them."""
 
 
 def shared_memory() -> str | None:
@@ -73,12 +97,14 @@ def make_way(
             f"rollout.transfer memory can't be had: {missing}; use auto or disk, which take the "
             "run's folder"
         )
+    what = "the first version's weights" if asked == "network" else "whole weights"
+    later = "; later ones are sent over the network" if asked == "network" else ""
     if asked == "disk":
-        return disk, f"whole weights travel through {disk}"
+        return disk, f"{what} travel through {disk}"
     if missing is not None:
-        return disk, f"whole weights travel through {disk}, since {missing}"
+        return disk, f"{what} travel through {disk}, since {missing}{later}"
     memory.mkdir(mode=0o700)
-    return memory, f"whole weights travel through shared memory, {memory}"
+    return memory, f"{what} travel through shared memory, {memory}{later}"
 
 
 def _foreign(folder: Path) -> str | None:

@@ -20,6 +20,8 @@ from rollout.concurrency import Concurrency, MemoryShortError, ran_out
 if TYPE_CHECKING:
     import torch
 
+    from rollout.transfer import Coming
+
 T = TypeVar("T")
 
 CPU_BLOCK = 64
@@ -45,6 +47,8 @@ class EngineOptions:
     seed: int
     tensor_parallel: int = 1
     """Cards of this node that its layers are split over."""
+    receives: bool = False
+    """Whether whole weights will be sent to it over the network."""
 
 
 class InProcessEngine:
@@ -116,6 +120,11 @@ class InProcessEngine:
             # actors, which would want places of their own.
             arguments["tensor_parallel_size"] = self.options.tensor_parallel
             arguments["distributed_executor_backend"] = "mp"
+        if self.options.receives:
+            from rollout import vllm_transfer
+
+            arguments["worker_extension_cls"] = vllm_transfer.WORKER
+            arguments["weight_transfer_config"] = {"backend": vllm_transfer.BACKENDS[self.device]}
         vllm_compat.sort_less(self.device)
         if arguments.get("enable_lora"):
             vllm_compat.score_prompts_with_adapters(self.device)
@@ -139,6 +148,17 @@ class InProcessEngine:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
         vllm_compat.refresh_head(self.llm, self.device)
         self._given = model, self._given[1]
+
+    def receive(self, coming: Coming, stored: str) -> str:
+        """Take weights that are sent over the network, and lie in the folder `stored` too: the
+        digest of what came."""
+        from rollout import vllm_compat
+        from rollout.vllm_transfer import receive
+
+        digest = receive(self.llm, coming)
+        vllm_compat.refresh_head(self.llm, self.device)
+        self._given = stored, self._given[1]
+        return digest
 
     def ask(self, work: Callable[[Any], T]) -> T:
         """What `work` gives of vLLM's `LLM`. Where memory runs out, half way through a step, the

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 from rlhf.errors import InputError, ParityError
 from rlhf.protocols import Loaded, Published, Sampling
@@ -17,6 +18,9 @@ from rollout import vllm_compat
 from rollout.concurrency import Concurrency
 from rollout.vllm_engine import EngineOptions, InProcessEngine
 from rollout.weight_sync import weights_sha256
+
+if TYPE_CHECKING:
+    from rollout.transfer import Coming
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +124,7 @@ class VllmGenerator:
 
     def load(self, published: Published) -> Loaded:
         """See `Generator.load`."""
-        sha256 = weights_sha256(published.path)
+        sha256 = self._sha256(published)
         if published.kind == "adapter":
             if not self._engine.started:
                 self._start(self._served.base, lora=True)
@@ -134,10 +138,13 @@ class VllmGenerator:
             self._start(str(published.path), lora=False)
         else:
             self._engine.reload(str(published.path))
-        self._engine.llm.reset_prefix_cache()
-        self._checksums = self._weights()
-        self._published, self._loaded = published, Loaded(published.version, sha256)
-        return self._loaded
+        return self._serve(published, sha256)
+
+    def receive(self, version: int, stored: Path, coming: Coming) -> Loaded:
+        """Serve a version whose weights are sent over the network from now on; they are those that
+        a round has `stored`. The engine has a version already."""
+        digest = self._engine.receive(coming, str(stored))
+        return self._serve(Published(version, stored, "stored", digest), digest)
 
     def sleep(self) -> None:
         """See `InProcessEngine.sleep`."""
@@ -152,6 +159,20 @@ class VllmGenerator:
     def close(self) -> None:
         """Shut the engine down."""
         self._engine.close()
+
+    def _serve(self, published: Published, sha256: str) -> Loaded:
+        self._engine.llm.reset_prefix_cache()
+        self._checksums = self._weights()
+        self._published, self._loaded = published, Loaded(published.version, sha256)
+        return self._loaded
+
+    def _sha256(self, published: Published) -> str:
+        """Of what lies in its folder now."""
+        if published.kind != "stored":
+            return weights_sha256(published.path)
+        from rlhf.weights import stored_digest
+
+        return stored_digest(published.path, self._engine.options.dtype)
 
     def _weights(self) -> Any:
         """vLLM's checksums; on a CPU they are blind to what was reloaded, and nothing sleeps."""
@@ -199,7 +220,7 @@ class VllmGenerator:
     def _check_restarted(self) -> None:
         """Raises ParityError unless what a new engine read is what the old one served."""
         assert self._published is not None and self._loaded is not None
-        if weights_sha256(self._published.path) != self._loaded.sha256:
+        if self._sha256(self._published) != self._loaded.sha256:
             raise ParityError(
                 f"{self._published.path} has changed since it was loaded, and an engine that was "
                 "started anew has read it"

@@ -13,14 +13,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
 from rlhf.config import RunConfig
 from rlhf.errors import ParityError
 from rlhf.files import atomic_folder, sha256_file
-from rlhf.protocols import Generator, Learner, Loaded, Pool, Published, Sampling
+from rlhf.protocols import Generator, Learner, Loaded, Pool, Published, Receiver, Sampling
 from rlhf.types import Completion, Prompt
 
 Log = Callable[[dict[str, Any]], None]
@@ -178,8 +178,12 @@ class Serving:
 
     def _publish(self, generator: Generator, version: int, policy: Path | None) -> None:
         self._learner.restore(policy)
-        published = self._write(version)
-        loaded = generator.load(published)
+        if policy is not None and self._served is not None and self._sends(generator):
+            self._clear()
+            published, loaded = generator.receive(self._learner, version, policy)
+        else:
+            published = self._write(version)
+            loaded = generator.load(published)
         check_loaded(published, loaded)
         drawn = self._sample(generator, version)
         self._probes = self._probes or drawn
@@ -199,11 +203,18 @@ class Serving:
                 raise ParityError(_explain(version, result))
         self._served, self._old, self._engines_old = published, new, [*engines]
 
+    def _sends(self, generator: Generator) -> TypeGuard[Receiver]:
+        """Whether weights are sent to it: later versions, since its engine starts from a folder."""
+        return self._config.rollout.transfer == "network" and isinstance(generator, Receiver)
+
+    def _clear(self) -> None:
+        for other in [*self._folder.iterdir()] if self._folder.exists() else []:
+            shutil.rmtree(other)
+
     def _write(self, version: int) -> Published:
         path = self._folder / f"version-{version:04d}"
         # First, so that there is never room for two needed: in memory it may be dear.
-        for other in [*self._folder.iterdir()] if self._folder.exists() else []:
-            shutil.rmtree(other)
+        self._clear()
         with atomic_folder(path) as staging:
             if self._kind == "adapter":
                 self._learner.save(staging, "A version on its way to a generator.\n")
