@@ -101,6 +101,11 @@ class Lead:
         self._calls = met.calls
         self._heard = False
 
+    @property
+    def heard(self) -> bool:
+        """Whether the others wait for calls."""
+        return self._heard
+
     def listened_to(self) -> None:
         """From now on the others wait for calls: all of them have made their part of the policy."""
         self._heard = True

@@ -2,8 +2,9 @@
 
 | rank | does |
 |---|---|
-| 0 | runs the loop: keeps the store, selects, asks judges, writes files, speaks |
+| 0 | runs the loop: keeps the store, selects, judges, writes files, speaks |
 | all, 0 too | generate: each a shard of prompts at a time, with an engine of its own |
+| all, 0 too | answer for judges with models of their own: each a share of the questions |
 | all, 0 too | train and score: one policy, whole on each rank or in ZeRO's shards |
 
 Rank 0 says what comes next (`launch.ranks.Lead`), the others make the same calls (`attend`). What
@@ -27,6 +28,7 @@ from launch.quiet import hush, hush_transformers
 from launch.ranks import Lead, Met, RankLostError, attend, join, leaving_together
 from launch.roles import Roles, Say
 from launch.shared import FollowingLearner, SharedGenerator, SharedLearner
+from launch.shared_judges import Followed, OnAllRanks
 from rlhf.errors import InputError, PairloopError
 from rlhf.group import Group
 from rlhf.interrupts import Interrupts, to_stderr
@@ -36,32 +38,8 @@ from rollout.judges.panel import Engines, InProcess
 if TYPE_CHECKING:
     from launch.placement import Plan
     from rlhf.config import RunConfig
-    from rlhf.config_judges import LlmSpec, RewardModelSpec
     from rlhf.policy import Policy
     from rlhf.sharding import Sharding
-    from rollout.judges.backends import Backend
-    from rollout.judges.reward_engines import RewardEngine
-
-
-class _OfRankZero(InProcess):
-    """Judges' models in rank 0's process."""
-
-    def language(self, spec: LlmSpec, field: str) -> Backend:
-        """See `Engines.language`."""
-        raise _no_engine_for(field, "an endpoint (backend openai)")
-
-    def reward(self, spec: RewardModelSpec, field: str) -> RewardEngine:
-        """See `Engines.reward`."""
-        if spec.backend == "vllm":
-            raise _no_engine_for(field, "backend transformers")
-        return super().reward(spec, field)
-
-
-def _no_engine_for(field: str, instead: str) -> InputError:
-    return InputError(
-        f"{field}.backend is vllm, whose engine would wait for all ranks of placement.kind spmd "
-        f"where only rank 0 asks judges; use {instead}, or placement.kind ray"
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +57,7 @@ class Leading:
 
     def engines(self, device: str) -> Engines:
         """See `Team.engines`."""
-        return _OfRankZero(device)
+        return OnAllRanks(self.lead, InProcess(device))
 
     def generator(self, roles: Roles, longest: int) -> SharedGenerator:
         """See `Team.generator`: one a rank."""
@@ -103,13 +81,15 @@ class Following:
             "transfer": transfer,
             "learner": FollowingLearner(own, interrupts),
         }
+        self.targets["judges"] = Followed(roles.plan.device, self.targets)
 
     def make_generator(self, longest: int) -> None:
         """As rank 0 does."""
         self.targets["generator"] = self._roles.generator(longest)
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the engines."""
+        self.targets["judges"].close()
         if "generator" in self.targets:
             self.targets["generator"].close()
 

@@ -13,17 +13,23 @@ import polars as pl
 import psutil
 import pytest
 import yaml
+from fakes import run_values
 from golden_run import ROOT, finish, golden, observed, replay, start, wait_for, write_config
+from test_reward_model_judge import save_reward_model
 
 from launch.placement import launched
 from launch.ranks import Lead, Met, join
+from launch.shared_judges import SharedRewardEngine
 from launch.spmd import Leading, train, with_launchers_zero
 from rlhf.config import RunConfig
 from rlhf.config_io import load
-from rlhf.config_judges import LlmSpec, RewardModelSpec
+from rlhf.config_judges import RewardModelSpec
 from rlhf.errors import InputError
 from rlhf.files import read_json
 from rlhf.group import Group
+from rlhf.types import completions_of
+from rollout.judges.panel import build
+from rollout.prompts import load_pools
 
 ACCELERATE = ROOT / "configs" / "accelerate"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -86,13 +92,37 @@ def test_ranks_repeat_the_run_of_one_process(
 
 
 @pytest.mark.engine
-def test_each_rank_serves_from_a_vllm_engine_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+def test_each_rank_serves_and_judges_with_engines_of_its_own(
+    tiny_model: Path, smollm2: str, tmp_path: Path
+) -> None:
+    engine = {"precision": "fp32", "max_length": 1024}
+    reader = {
+        "kind": "llm",
+        "name": "reader",
+        "dimensions": ["helpfulness"],
+        "model": smollm2,
+        "engine": {**engine, "max_length": 2048, "memory_gib": 0.3},
+    }
+    liking = {
+        "kind": "reward_model",
+        "name": "liking",
+        "dimensions": ["liking"],
+        "model": str(save_reward_model(smollm2, tmp_path / "reward")),
+        "engine": engine,
+    }
+    (rules,) = run_values(tmp_path, tiny_model)["judges"]["panel"]
     config = write_config(
         tmp_path,
         tiny_model,
         "tiny",
-        rollout={"engine": "vllm", "memory_gib": 0.2},
-        rounds={"count": 1},
+        rollout={"engine": "vllm", "memory_gib": 0.2, "samples_per_prompt": 2},
+        rounds={"count": 1, "prompts_per_round": 4},
+        # Neither has a standard weight, so they change no reward. A model this small abstains.
+        judges={
+            "panel": [rules, reader, liking],
+            "uncertified": "allow",
+            "max_abstention": 0.9,
+        },
     )
     status, output = finish(start(config, TORCHRUN))
     assert status == 0, output
@@ -102,12 +132,26 @@ def test_each_rank_serves_from_a_vllm_engine_of_its_own(tiny_model: Path, tmp_pa
             assert f"version {version} to generator {generator}: parity holds" in output
     round_1 = tmp_path / "runs/tiny/rounds/0001"
     drawn = pl.read_parquet(round_1 / "completions/*.parquet")
-    assert drawn.select("prompt_id", "sample").n_unique() == drawn.height == 8 * 4
+    assert drawn.select("prompt_id", "sample").n_unique() == drawn.height == 4 * 2
     pairs = pl.read_parquet(round_1 / "pairs.parquet")
     for side in ("chosen", "rejected"):
         known = drawn.select("prompt_id", pl.col("sample").alias(f"{side}_sample"), side="text")
         found = pairs.join(known, on=["prompt_id", f"{side}_sample"], validate="1:1")
         assert found[side].to_list() == found["side"].to_list() and found.height == pairs.height > 0
+    scores = pl.read_parquet(round_1 / "scores/*.parquet")
+    assert scores.filter(judge="reader").height == drawn.height
+    assert scores.filter(judge="reader")["abstained"].sum() < drawn.height
+    # Each answer has the score that the model gives it, whichever rank it was asked on.
+    settings = load([config])
+    (judge,) = build(settings.judges.panel[2:], "judges.panel")
+    judge.start(None)  # type: ignore[attr-defined]
+    pool = load_pools(settings.prompts, settings.run.seed, None).train
+    prompts = {prompt.prompt_id: prompt for prompt in pool}
+    expected = judge.score([(prompts[c.prompt_id], c) for c in completions_of(drawn)])
+    given = scores.filter(judge="liking").select("prompt_id", "sample", "score").rows()
+    assert {row[:2]: row[2] for row in given} == {
+        (score.prompt_id, score.sample): pytest.approx(score.score, abs=1e-5) for score in expected
+    }
 
 
 def rank_of(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
@@ -213,12 +257,62 @@ def test_spmd_without_a_launcher_says_how_to_start_it(monkeypatch: pytest.Monkey
         join("cpu")
 
 
-def test_a_judges_vllm_engine_is_refused_where_only_rank_0_would_start_it() -> None:
+class TwoRanks:
+    """A lead whose other rank has the same model, and answers at once."""
+
+    group = Group(0, 2, None)
+
+    def __init__(self) -> None:
+        self.heard = False
+        self.calls: list[tuple[str, str, list[Any]]] = []
+
+    def each(self, target: str, own: Any, method: str, arguments: list[Any]) -> list[Any]:
+        self.calls.append((target, method, [a and a[0] for a in arguments]))
+        return [None if a is None else getattr(own, method)(*a) for a in arguments]
+
+
+class Doubling:
+    """A reward engine whose score is twice a row's only number."""
+
+    beside = False
+
+    def load(self, checkpoint: Any) -> None:
+        pass
+
+    def raw(self, rows: Any) -> list[tuple[float, ...]]:
+        return [(2.0 * row[0],) for row in rows]
+
+    def sleep(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_judges_are_asked_is_dealt_to_all_ranks_that_listen_and_comes_back_in_order() -> None:
+    lead: Any = TwoRanks()
+    spec = RewardModelSpec(kind="reward_model", name="rm", dimensions=["liking"], model="org/m")
+    engine = SharedRewardEngine(Doubling(), spec, "judges.panel[1]", lead)
+    engine.load(None)  # type: ignore[arg-type]
+    rows = [[number] for number in range(5)]
+    expected = [(2.0 * number,) for number in range(5)]
+    # Before the others listen, rank 0 answers alone.
+    assert engine.raw(rows) == expected and lead.calls == []
+    lead.heard = True
+    assert engine.raw(rows) == expected
+    assert engine.raw(rows[:1]) == expected[:1]
+    engine.sleep()
+    assert lead.calls == [
+        ("judges", "reward", [spec, spec]),
+        ("judges.panel[1]", "raw", [rows[:2], rows[2:]]),
+        ("judges.panel[1]", "raw", [None, rows[:1]]),
+        ("judges.panel[1]", "sleep", [(), ()]),
+    ]
+
+
+def test_a_reward_models_vllm_engine_is_refused_where_it_would_wait_for_ranks() -> None:
     group = Group(0, 2, None)
     engines = Leading(Lead(Met(group, None))).engines("cpu")
-    reader = LlmSpec(kind="llm", name="reader", dimensions=["style"], model="org/m")
-    with pytest.raises(InputError, match=r"judges.panel\[0\].backend is vllm, whose engine would"):
-        engines.language(reader, "judges.panel[0]")
     liking = RewardModelSpec(
         kind="reward_model", name="rm", dimensions=["style"], model="org/m", backend="vllm"
     )

@@ -53,7 +53,7 @@ class VllmBackend:
         """See `Backend.ask`."""
         if not calls:
             return []
-        self._ready()
+        self.ready()
         answers: dict[int, Answer] = {}
         fitting: list[tuple[int, Call, list[int]]] = []
         limit = self._spec.engine.max_length
@@ -105,7 +105,8 @@ class VllmBackend:
         )
         return [_read(output.outputs[0]) for output in outputs]
 
-    def _ready(self) -> None:
+    def ready(self) -> None:
+        """Start the engine, or wake it."""
         if self._engine.started:
             self._engine.wake()
             return
