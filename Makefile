@@ -47,9 +47,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Without the tests that start a real engine or take long.
+# For every commit, in four minutes: without the tests that start a real engine or take long.
 check: lint
-	$(PYTEST) -m 'not engine' $(PYTEST_FLAGS)
+	$(PYTEST) -m 'not engine and not slow' $(PYTEST_FLAGS)
 
 test: lint
 	$(PYTEST) $(PYTEST_FLAGS)

@@ -200,6 +200,7 @@ def test_each_round_is_held_to_the_frozen_copy_that_was_asked_for(finished: Fini
         assert min(abs(start - first), abs(first - second), abs(start - second)) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_restored_version_and_the_start_score_as_their_frozen_copies(finished: Finished) -> None:
     """The KL to the start is the difference of the two."""
     drawn = [
@@ -282,6 +283,7 @@ def test_rounds_of_new_adapters_learn_more_than_one_adapter_holds(whole: Path, b
         assert rank(name, second, start) > RANK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["rounds/0001", "rounds/0002"])
 def test_a_run_stopped_while_it_trains_and_resumed_is_the_whole_one(
     whole: Path,

@@ -220,6 +220,7 @@ def truth(measure: Measure, prompts: int = 40_000) -> float:
     return found.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "prompts"),
     [("share", 120), ("pearson", 120), ("spearman", 50), ("kappa", 120), ("f1", 120)],

@@ -249,6 +249,7 @@ def ordered(prompts: Sequence[Any], judged: Iterable[float], gold: Iterable[floa
     return fmean(hits)
 
 
+@pytest.mark.slow
 def test_frank_metrics_as_judges_of_factuality(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -564,6 +565,7 @@ def test_orders_that_disagree_are_a_tie_and_runs_vote() -> None:
     assert said(("0", "ab", 1.0), ("1", "ab", None)) == 1.0
 
 
+@pytest.mark.slow
 def test_thousands_of_items_take_seconds() -> None:
     """4000 answers with every metric of scores and 2000 resamples."""
     rng = np.random.default_rng(0)

@@ -140,6 +140,7 @@ def test_bands_are_those_of_their_sources_and_people_stand_beside() -> None:
     assert ">people<" not in render_calibration(of_scores(), ORIGIN)
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing_and_is_the_same_each_time() -> None:
     page = render_calibration(of_scores() + of_pairs(), ORIGIN)
     assert page == render_calibration(of_scores() + of_pairs(), ORIGIN)

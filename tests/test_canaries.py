@@ -79,6 +79,7 @@ def test_who_says_the_same_again_has_drifted_by_exactly_nothing() -> None:
     assert result["stops"] == result["warnings"] == []
 
 
+@pytest.mark.slow
 def test_a_noisy_judge_that_stays_as_it_is_hardly_ever_stops_a_run() -> None:
     stops = 0
     for seed in range(60):
@@ -107,6 +108,7 @@ def test_without_noise_a_shift_within_the_limit_passes_and_one_beyond_it_stops()
     assert "shifted by -0.060" in shifted
 
 
+@pytest.mark.slow
 def test_the_movement_of_scores_is_estimated_without_their_noise() -> None:
     true_change = np.random.default_rng(3).normal(0, 0.15, len(IDS))
     squares = []

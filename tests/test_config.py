@@ -113,6 +113,7 @@ def test_every_float_that_python_prints_is_read_back(value: float) -> None:
     assert config_io.load([], overrides).learner.max_grad_norm == value
 
 
+@pytest.mark.slow
 @given(
     text=st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), min_size=1)
 )

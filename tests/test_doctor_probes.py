@@ -291,6 +291,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_this_machine_is_examined_and_no_secret_is_told(tmp_path: Path) -> None:
     (tmp_path / "netrc").write_text(f"nonsense {CANARY}\n")
     done = run(

@@ -13,6 +13,7 @@ RUN = str(presets.path(LORA))
 """A LoRA of 8B on the support desk's prompts."""
 
 
+@pytest.mark.slow
 def test_a_cluster_is_shown_and_where_it_is_too_small_refused_with_what_helps(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -32,6 +33,7 @@ def test_a_cluster_is_shown_and_where_it_is_too_small_refused_with_what_helps(
     assert cli.main([*starved, *change]) == 0
 
 
+@pytest.mark.slow
 def test_a_machine_of_several_gpus_is_planned_for_as_the_config_asks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -68,6 +68,7 @@ def test_similarity_is_exact_and_nothing_below_the_threshold_is_found() -> None:
     assert len(pairs) >= 0.97 * len(expected)
 
 
+@pytest.mark.slow
 def test_planted_ones_are_found_and_nothing_else() -> None:
     rng = np.random.default_rng(0)
     vocabulary = words(rng, 4000)

@@ -92,6 +92,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
+@pytest.mark.slow
 def test_a_judge_that_drifts_in_round_2_stops_the_run_before_it_trains(
     tiny_model: Path, tmp_path: Path
 ) -> None:

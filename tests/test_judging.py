@@ -87,6 +87,7 @@ def test_without_a_certificate_nothing_is_begun(tiny_model: Path, tmp_path: Path
     assert server.requests == [] and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_an_uncertified_run_trains_on_its_verdicts_and_says_so(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +110,7 @@ def test_an_uncertified_run_trains_on_its_verdicts_and_says_so(
     assert both["score"].to_list() == [(grade(t) - 1) / 4 for t in both["text"]]
 
 
+@pytest.mark.slow
 def test_a_spent_budget_stops_resumably_and_a_larger_one_goes_on(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +129,7 @@ def test_a_spent_budget_stops_resumably_and_a_larger_one_goes_on(
     assert usage["calls"] == len(server.requests)
 
 
+@pytest.mark.slow
 def test_a_pairwise_judge_trains_too(tiny_model: Path, tmp_path: Path) -> None:
     def compare(request: Request) -> Reply:
         texts = re.findall(

@@ -56,6 +56,7 @@ def first(wanted: RunConfig, cluster: str) -> Layout:
     return next(layouts(wanted, parse(cluster)))
 
 
+@pytest.mark.slow
 @given(
     nodes=st.integers(1, 4),
     gpus=st.integers(1, 8),
@@ -100,6 +101,7 @@ def test_every_role_has_its_place_and_no_gpu_is_given_away_twice(
                 assert bundle == {"CPU": len(layout.at(slot)), "GPU": 1}
 
 
+@pytest.mark.slow
 @given(gpus=st.integers(2, 8), nodes=st.integers(1, 3), model=st.sampled_from(MODELS))
 def test_separate_engines_and_learner_share_no_gpu(gpus: int, nodes: int, model: str) -> None:
     wanted = config(1, model=model, kind="ray", colocate=False)

@@ -221,6 +221,7 @@ def test_a_first_loss_that_is_not_the_references_stops_before_any_update(
     assert same(trained(learner), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_kto_stopped_after_any_step_and_resumed_changes_no_byte(
     small_model: Path, tmp_path: Path, stop: int

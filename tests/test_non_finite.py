@@ -93,6 +93,7 @@ class Broken:
             hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
 def test_what_is_not_finite_never_reaches_the_weights(
     policy: Policy, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -140,6 +140,7 @@ def test_what_is_not_there_is_said(finished: RunResults, round: int, words: str)
         finished.pairs(round)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_promoted_round_is_a_result_too(tiny_model: Path, tmp_path: Path) -> None:
     config = short(tmp_path, tiny_model, "worse_by_version", gates={"max_drop": 0.0})
     failed = launch.train(config)

@@ -477,6 +477,7 @@ def pairs_for(trainer: Any, pairs: list[Pair]) -> Any:
     return trainer.data_collator(rows)
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_equal_trl_element_by_element_in_float64(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

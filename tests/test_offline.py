@@ -113,6 +113,7 @@ def test_a_training_learns_held_out_preferences_and_says_so(
     assert "stats.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_same_bytes(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +155,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
     assert len(cut[1]["epochs"]) == 3
 
 
+@pytest.mark.slow
 def test_kto_trains_on_a_file_of_labels_and_pairs_are_refused(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +248,7 @@ class Listener:
         self.state = state
 
 
+@pytest.mark.slow
 def test_trackers_hear_of_a_training_and_thinned_lines_change_no_result(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

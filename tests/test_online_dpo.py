@@ -282,6 +282,7 @@ def test_the_same_command_again_does_nothing(
     assert kept(run) == before
 
 
+@pytest.mark.slow
 def test_more_rounds_after_the_final_score_are_refused(values: dict[str, Any], run: Path) -> None:
     before = {n: s for n, s in kept(run).items() if n.startswith(("rounds", "final"))}
     with pytest.raises(InputError, match=r"rounds.count must stay 2, got 3"):
@@ -295,6 +296,7 @@ def folder_of(values: dict[str, Any]) -> Path:
     return Path(values["run"]["directory"]) / "trial"
 
 
+@pytest.mark.slow
 def test_a_first_round_that_fails_its_gate_fails_the_run(tiny_model: Path, tmp_path: Path) -> None:
     values = short(tmp_path, tiny_model, "worse_by_version", gates={"max_drop": 0.02})
     assert train(config(values)) == 3
@@ -310,6 +312,7 @@ def test_a_first_round_that_fails_its_gate_fails_the_run(tiny_model: Path, tmp_p
     assert kept(run) == before
 
 
+@pytest.mark.slow
 def test_a_later_round_that_fails_stops_early_and_keeps_the_best(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -329,6 +332,7 @@ def test_a_later_round_that_fails_stops_early_and_keeps_the_best(
     assert set(parts(run / "final/best/completions")["policy_version"]) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "status", "state"), [("stop", 3, "failed"), ("promote", 0, "done")]
 )
@@ -349,6 +353,7 @@ def test_an_inconclusive_gate_does_what_was_asked(
     assert read(run / "status.json")["state"] == state
 
 
+@pytest.mark.slow
 def test_a_round_that_drifts_too_far_from_the_start_is_not_promoted(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -404,6 +409,7 @@ def test_a_round_without_pairs_stops_and_points_at_the_funnel(
     assert "funnel.json" in message
 
 
+@pytest.mark.slow
 def test_values_that_are_no_scores_never_reach_a_pair(tiny_model: Path, tmp_path: Path) -> None:
     """NaN, 1.7, "0.9", None, infinity and -0.1, on what would be the best answers."""
     lenient = {"max_abstention": 1.0}
@@ -464,6 +470,7 @@ def test_the_best_round_is_claimed_not_the_last(declining: Path) -> None:
     assert [read(declining / f"rounds/000{i}/gates.json")["against"] for i in (1, 2)] == [0, 0]
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_leaves_a_model_that_transformers_loads(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -478,6 +485,7 @@ def test_full_fine_tuning_leaves_a_model_that_transformers_loads(
     assert not (folder / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_mended_judge_scores_the_same_answers_again(tiny_model: Path, tmp_path: Path) -> None:
     judge = tmp_path / "judge.py"
     judge.write_text(

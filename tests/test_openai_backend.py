@@ -245,6 +245,7 @@ def test_retry_after_is_waited_for_by_every_call() -> None:
     assert second.at - first.at >= 1.0
 
 
+@pytest.mark.slow
 def test_retry_after_may_be_a_date_or_milliseconds() -> None:
     for header in ({"Retry_After": formatdate(time.time() + 2)}, {"Retry_After_Ms": "700"}):
         with ScriptedServer(once(refuse(503, **header))) as server:

@@ -186,6 +186,7 @@ def through(folder: Path, read: Preferences, target: str, suffix: str = "jsonl")
     return read_preferences(path, target)
 
 
+@pytest.mark.slow
 @given(st.lists(chats(), min_size=1, max_size=4), st.sampled_from(PAIR_TARGETS))
 def test_pairs_come_back_from_every_format(
     tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]], target: str
@@ -199,6 +200,7 @@ def test_pairs_come_back_from_every_format(
     assert convert(read, target).lost == ()
 
 
+@pytest.mark.slow
 @given(st.lists(chats(), min_size=1, max_size=4))
 def test_labels_of_pairs_become_the_same_pairs(
     tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]

@@ -40,6 +40,7 @@ def test_presets_are_listed_with_what_they_need(capsys: pytest.CaptureFixture[st
     assert "pairloop init NAME > run.yaml" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MACHINES)
 def test_what_init_prints_dry_runs(
     name: str,

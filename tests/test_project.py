@@ -113,6 +113,7 @@ def test_the_wheel_names_its_command_licence_and_pythons(wheel: Path) -> None:
     assert "Requires-Python: <3.13,>=3.11" in about
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [(["--help"], "Usage: pairloop COMMAND"), (["demo", "--dry-run"], "rollout.support_desk.pool")],
@@ -131,6 +132,7 @@ def test_the_wheel_alone_is_enough(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_wheel_alone_makes_a_slurm_job(installed: Path, tmp_path: Path) -> None:
     config = installed / "launch/configs/demo_transformers.yaml"
     submit = [sys.executable, "-P", "-m", "launch", "submit", "slurm", str(config), "--dry-run"]

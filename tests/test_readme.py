@@ -59,6 +59,7 @@ def told() -> list[list[str]]:
     return [*filter(None, together), *([c] for c in dict.fromkeys(alone))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_a_config_opens_with_hardware_time_and_a_command_that_runs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -308,6 +309,7 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     return shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", told(), ids=lambda together: together[0])
 def test_the_commands_of_the_readme_run(
     together: list[str],
@@ -386,6 +388,7 @@ def test_the_verifier_of_the_tour_scores() -> None:
     assert verify(prompt, said) == {"correctness": 1.0, "style": 1.0}
 
 
+@pytest.mark.slow
 def test_the_lines_of_python_run(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_the_first_sentence_says_how_the_run_ended(ending: str, tmp_path: Path) -> None:
     levels, end, says = ENDINGS[ending]
@@ -166,6 +167,7 @@ def states(folder: Path, copy: Path) -> Iterator[list[str]]:
         yield [name for _, name in names[:count]]
 
 
+@pytest.mark.slow
 def test_a_run_in_any_state_can_be_reported(tmp_path: Path) -> None:
     runs = Runs(make_config(tmp_path), [0.4, 0.6, 0.6], prompts=6)
     runs.start()
@@ -195,6 +197,7 @@ def test_reading_neither_locks_nor_changes_a_run_that_goes_on(tmp_path: Path) ->
     runs.close()
 
 
+@pytest.mark.slow
 def test_the_same_folder_gives_the_same_bytes(improved: Path) -> None:
     assert render(RunView(improved)) == render(RunView(improved))
 
@@ -309,6 +312,7 @@ def hostile(improved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_a_model_wrote_is_text(hostile: Path) -> None:
     text = render(RunView(hostile))
     page = Page(text)
@@ -322,6 +326,7 @@ def test_what_a_model_wrote_is_text(hostile: Path) -> None:
     assert visible("a\u202eb\x00\n") == "a⟨U+202E⟩b⟨U+0000⟩\n"
 
 
+@pytest.mark.slow
 def test_names_of_a_config_are_text_in_plots_too(tmp_path: Path) -> None:
     evil = "</svg><script>alert(1)</script>$x$"
     config = make_config(
@@ -336,6 +341,7 @@ def test_names_of_a_config_are_text_in_plots_too(tmp_path: Path) -> None:
     assert evil in page.texts["scores"]
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing_and_its_ids_are_its_own(improved: Path, page: Page) -> None:
     assert all(link.startswith(("#", "data:,")) for link in page.loads), page.loads
     assert len(set(page.ids)) == len(page.ids)
@@ -351,6 +357,7 @@ def test_the_page_loads_nothing_and_its_ids_are_its_own(improved: Path, page: Pa
     assert not re.search(r"20\d\d-\d\d-\d\d", "".join(plots))
 
 
+@pytest.mark.slow
 def test_a_reader_is_told_what_weakens_the_run(tmp_path: Path) -> None:
     early = Runs(make_config(tmp_path / "a"), [0.4, 0.7, 0.3]).finish()
     assert [stamp.name for stamp in stamps(RunView(early))] == ["Stopped early"]
@@ -380,6 +387,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> RunView:
     return RunView(Runs(config, [0.4, 0.42], prompts=LARGE, characters=600).finish())
 
 
+@pytest.mark.slow
 def test_a_large_run_is_sampled_and_says_so(large: RunView) -> None:
     text = render(large)
     assert len(text.encode()) < 15_000_000
@@ -426,6 +434,7 @@ def test_escaped_text_counts_with_what_it_takes(improved: Path, tmp_path: Path) 
     assert 0 < found.shown < found.total
 
 
+@pytest.mark.slow
 def test_a_long_text_is_cut_and_says_by_how_much(improved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(improved, folder)
@@ -439,6 +448,7 @@ def test_a_long_text_is_cut_and_says_by_how_much(improved: Path, tmp_path: Path)
     assert text == ("x" * 4000, 100)
 
 
+@pytest.mark.slow
 def test_the_command_writes_it_where_it_is_told(
     improved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -448,6 +458,7 @@ def test_the_command_writes_it_where_it_is_told(
     assert out.read_text() == render(RunView(improved))
 
 
+@pytest.mark.slow
 def test_what_is_no_run_is_refused(
     improved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

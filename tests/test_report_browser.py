@@ -155,6 +155,7 @@ def test_numbers_are_unfolded_for_print(page: Page) -> None:
     expect(folded).to_have_count(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_calibration_fits_its_window_and_a_link_opens_its_judge(
     width: int, chromium: Browser, tmp_path: Path

@@ -183,6 +183,7 @@ def test_drift_and_the_audit_of_pairs_are_shown_where_they_were_recorded(tmp_pat
     assert "▼ inverted" in page
 
 
+@pytest.mark.slow
 def test_the_yield_is_explained_with_every_number_that_was_measured(folder: Path) -> None:
     record = json.loads((folder / "rounds/0001/selection.json").read_text())
     funnel = json.loads((folder / "rounds/0001/funnel.json").read_text())

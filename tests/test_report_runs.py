@@ -45,6 +45,7 @@ def first_sentence(folder: Path) -> str:
     return sentence
 
 
+@pytest.mark.slow
 def test_a_run_that_went_through(tiny_model: Path, tmp_path: Path) -> None:
     config = short(tmp_path, tiny_model, "vowels")
     assert train(config) == 0
@@ -60,6 +61,7 @@ def test_a_run_that_went_through(tiny_model: Path, tmp_path: Path) -> None:
     assert f"added {loop / whole:.1%} of it" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_a_gate_stopped(tiny_model: Path, tmp_path: Path) -> None:
     config = short(tmp_path, tiny_model, "worse_by_version", gates={"max_drop": 0.02})
     assert train(config) == 3
@@ -75,6 +77,7 @@ def test_a_run_without_pairs(tiny_model: Path, tmp_path: Path) -> None:
     assert "for want of pairs: none is left of the 6 prompts" in first_sentence(folder_of(config))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ def test_mappings_rank_as_raw_scores_rank(raws: list[float], sigmoid: bool) -> N
             assert values[low] < values[high]
 
 
+@pytest.mark.slow
 def test_quantiles_are_shares_of_the_calibration_set_and_kept_for_the_run(
     reward_model: Path, tmp_path: Path
 ) -> None:
@@ -240,6 +241,7 @@ def _small_tokenizer(folder: Path) -> None:
     small_tokenizer().save_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
@@ -272,6 +274,7 @@ def test_a_model_that_cannot_score_is_refused_at_the_start(
         judge(folder).start(None)
 
 
+@pytest.mark.slow
 def test_outputs_are_dimensions_and_their_number_must_agree(smollm2: str, tmp_path: Path) -> None:
     folder = save_reward_model(smollm2, tmp_path / "two", outputs=2)
     with pytest.raises(InputError, match="has 2 outputs, and 1 are named"):

@@ -38,6 +38,7 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["stage"] == "train"]
 
 
+@pytest.mark.slow
 def test_a_round_of_kto_trains_on_labels(tiny_model: Path, tmp_path: Path) -> None:
     run = one_round(tmp_path, tiny_model, {"name": "kto"})
     folder = run / "rounds/0001"
@@ -62,6 +63,7 @@ def test_a_round_of_kto_trains_on_labels(tiny_model: Path, tmp_path: Path) -> No
     assert "kto, beta 0.2, on labels" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_round_of_orpo_has_no_reference(tiny_model: Path, tmp_path: Path) -> None:
     run = one_round(tmp_path, tiny_model, {"name": "orpo", "beta": 0.1})
     folder = run / "rounds/0001"
@@ -73,6 +75,7 @@ def test_a_round_of_orpo_has_no_reference(tiny_model: Path, tmp_path: Path) -> N
     assert "no reference" in (folder / "policy/README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "first"),
     [

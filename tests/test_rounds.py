@@ -210,6 +210,7 @@ def contents(folder: Path) -> dict[str, str]:
 EVERYTHING = ["part 0", "part 1", "part 2", "pairs", "funnel", "policy"]
 
 
+@pytest.mark.slow
 def test_killed_before_any_change_on_disk_it_resumes_to_the_same_bytes(
     quick_disk: Path, runner: Runner
 ) -> None:
@@ -622,6 +623,7 @@ def test_metrics_on_a_full_disk_end_with_a_whole_line(tmp_path: Path) -> None:
         assert [record["note"] for record in metrics.read()] == ["fits", note]
 
 
+@pytest.mark.slow
 @given(st.sets(st.integers(0, 50), max_size=6))
 def test_equal_tables_give_equal_bytes_however_they_are_chunked(cuts: set[int]) -> None:
     rows = [

@@ -75,6 +75,7 @@ many_rules = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(many_answers(), many_rules)
 def test_equals_the_definition_pair_by_pair(rows: list[Row], rules: Rules) -> None:

@@ -74,6 +74,7 @@ many_rules = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(many_answers(), many_rules)
 def test_what_each_strategy_takes(rows: list[Row], rules: Rules) -> None:
@@ -102,6 +103,7 @@ def test_what_each_strategy_takes(rows: list[Row], rules: Rules) -> None:
         assert found == names(expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(many_answers(), many_rules, st.floats(0, 0.3))
 def test_truths_of_every_pair(rows: list[Row], rules: Rules, penalty: float) -> None:
@@ -139,6 +141,7 @@ def test_truths_of_every_pair(rows: list[Row], rules: Rules, penalty: float) -> 
     assert json.loads(json.dumps(selected.funnel)) == selected.funnel
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(many_answers(), many_rules, st.integers(1, 30), st.integers(0, 99))
 def test_neither_row_order_nor_chunks_change_a_strategy(
@@ -154,6 +157,7 @@ def test_neither_row_order_nor_chunks_change_a_strategy(
     assert straight.funnel == shuffled.funnel
 
 
+@pytest.mark.slow
 def test_random_rejected_answers_are_keyed_by_seed_round_and_prompt_and_spread_evenly() -> None:
     rows = [
         answer(f"p{i:04d}", s, ((1.0, 0.5, 0.5) if s == 0 else (0.0, 0.5, 0.5)))
@@ -227,6 +231,7 @@ def test_strategies_of_one_pair_refuse_several(strategy: str) -> None:
     Selection.model_validate({"strategy": "all_pairs", "pairs_per_prompt": 2})
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(many_answers(), many_rules)
 def test_labels_by_their_definition(rows: list[Row], rules: Rules) -> None:

@@ -32,6 +32,7 @@ def means(pairs: pl.DataFrame) -> dict[str, float | None]:
     return pairs.select(pl.col("scores_chosen").struct.unnest().mean()).row(0, named=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(many_answers())
 def test_each_alternative_is_the_selection_with_that_one_change(rows: list[Row]) -> None:

@@ -81,6 +81,7 @@ many_rules = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(many_answers(), many_rules, st.integers(1, 4), st.integers(0, 99))
 def test_shards_give_the_pairs_and_the_funnel_of_all(
@@ -129,6 +130,7 @@ def voted(prompts: int, seed: int) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataF
     ), about  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 7, 40])
 def test_auto_asks_for_the_same_margin_to_the_last_bit(tmp_path: Path, count: int) -> None:
     answers = voted(40, seed=count)
@@ -240,6 +242,7 @@ def pool(seed: int, count: int = 60) -> pl.DataFrame:
     return pl.DataFrame(made).with_row_index("number")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [0.5, 0.8, 1.0])
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_slices_give_who_stays_of_all(

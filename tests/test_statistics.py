@@ -29,6 +29,7 @@ def clustered(
     return values, [f"c{c}" for c in codes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [5, 20])
 def test_interval_covers_the_truth_as_often_as_it_says(number: int) -> None:
     rng = np.random.default_rng(7)

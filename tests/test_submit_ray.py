@@ -167,6 +167,7 @@ def ray_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return fill_in(text, {}, {"programs": str(folder / "bin"), "run": "runs/trial"})
 
 
+@pytest.mark.slow
 @ENDS
 def test_a_run_on_ray_queues_again_once_if_it_was_asked_to_stop_and_can_go_on(
     asked: int,
@@ -207,6 +208,7 @@ def test_a_job_whose_ray_does_not_start_fails(
     assert started.end() == (1, "no Ray\n")
 
 
+@pytest.mark.slow
 def test_nodes_that_look_for_their_head_do_not_keep_the_job(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +219,7 @@ def test_nodes_that_look_for_their_head_do_not_keep_the_job(
     assert Started(folder, text, variables, lags).end()[0] == 3
 
 
+@pytest.mark.slow
 def test_each_job_has_a_token_of_its_own_that_stands_in_no_argument(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,7 @@ def test_reference_of_a_sibling_question_mostly_misses_the_fact() -> None:
     assert missed / total > 0.8
 
 
+@pytest.mark.slow
 def test_pool_command_writes_the_splits(tmp_path: Path) -> None:
     assert main([str(tmp_path)]) == 0
     for split in SPLITS:
@@ -159,6 +160,7 @@ def test_pool_command_writes_the_splits(tmp_path: Path) -> None:
         assert [json.loads(line) for line in lines] == load_prompts(split)
 
 
+@pytest.mark.slow
 def test_the_pool_without_system_role_says_the_same() -> None:
     for split in SPLITS:
         for one, other in zip(load_prompts(split), load_prompts_without_system(split), strict=True):

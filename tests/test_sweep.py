@@ -32,6 +32,7 @@ def config(tiny_model: Path, tmp_path: Path) -> Path:
     return write_config(tmp_path, tiny_model, pairs, learner=learner, run={"name": "grid"})
 
 
+@pytest.mark.slow
 def test_each_point_is_a_run_and_the_table_compares_them(
     config: Path,
     tmp_path: Path,

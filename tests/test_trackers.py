@@ -102,6 +102,7 @@ def test_training_steps_count_over_rounds_and_other_stages_stand_at_the_steps_so
     assert recorder.lines[2][3] == {"loss": 0.7}
 
 
+@pytest.mark.slow
 @given(kills=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), max_size=4))
 def test_whatever_kills_a_run_each_line_is_told_once_and_no_step_goes_back(
     kills: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory

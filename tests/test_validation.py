@@ -97,6 +97,7 @@ def test_training_stops_after_epochs_without_a_lower_loss(
     assert log.steps[-1] == result.best_step + 3 == result.executed_steps < result.planned_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 3, 5, 6, 9, 12])
 def test_a_stop_and_a_resume_keep_the_same_best_weights(
     small_model: Path, tmp_path: Path, stop: int

@@ -139,6 +139,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True, timeout=20)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_2_and_the_run_goes_on_once_there_is_room(
     values: dict[str, Any],
     small_disk: Path,
