@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from launch.architectures import Architecture
 from launch.learner_memory import Learning
+from launch.learner_parts import message
 from launch.machines import GIB, Machine
 from launch.memory_parts import (
     ASLEEP,
@@ -104,6 +105,10 @@ def _vllm_on_gpu(
         Part(ROLE, "vLLM, awake", budget, said, RUNNING if seat.apart else AWAKE, False),
         Part(ROLE, "scoring a probe", (c + 5) * probe, scoring, ("publish",), False),
     ]
+    if plan.network:
+        size, received = message(held)
+        said = f"2 x ({received}), beyond its share"
+        parts.append(Part(ROLE, "messages received", 2 * size, said, ("publish",), False))
     if not seat.apart:
         host = f"{(weights + slots) / GIB:.2f} GiB in host memory while it sleeps"
         asleep = "vLLM, asleep"

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -16,12 +16,10 @@ from launch.quiet import hush, hush_transformers
 from launch.roles import Cards, Roles, Say
 from rlhf.protocols import Job, Learner, Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
-from rollout.weight_sync import check_loaded
+from rollout.weight_sync import check_loaded, word_of_all
 
 if TYPE_CHECKING:
     from rollout.transfer import Coming
-
-T = TypeVar("T")
 
 
 class Holder:
@@ -55,7 +53,13 @@ class GeneratorActor:
     def call(self, method: str, *arguments: Any) -> Any:
         """What the generator's method gives, or the one of this class that is named so."""
         target = self if method == "news" else self._generator
-        return getattr(target, method)(*arguments)
+        try:
+            return getattr(target, method)(*arguments)
+        except Exception:
+            if self._generator.broken:
+                # As a death of its own, after which another is made in its place.
+                ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+            raise
 
     def news(self) -> list[str]:
         """What was worth saying since the last time."""
@@ -127,9 +131,9 @@ class Generators:
     def load(self, published: Published) -> Loaded:
         """See `Generator.load`."""
         self._published = None
-        said: list[Loaded] = self._all("load", published)
+        said = self._all("load", published)
         self._published = published
-        return _odd(said)
+        return self._word(said)
 
     def receive(self, learner: Learner, version: int, stored: Path) -> tuple[Published, Loaded]:
         """See `Receiver.receive`; from the ranks of `launch.learner_actors`. Where one of either
@@ -154,12 +158,12 @@ class Generators:
             published = Published(version, stored, "stored", digest)
             return published, self.load(published)
         self._published = Published(version, stored, "stored", sent)
-        return self._published, _odd(said)
+        return self._published, self._word(said)
 
     def receiving(self, version: int, stored: Path, coming: Sequence[Coming]) -> list[Any]:
         """References to what each says once it has received."""
         return [
-            actor.call.remote("receive", version, stored, own)
+            actor.call.remote("take", version, stored, own)
             for actor, own in zip(self._actors, coming, strict=True)
         ]
 
@@ -175,8 +179,7 @@ class Generators:
 
     def wake(self) -> Loaded | None:
         """See `Generator.wake`."""
-        said: list[Loaded | None] = self._all("wake")
-        return _odd(said)
+        return word_of_all(self._all("wake"), self._published)
 
     def close(self) -> None:
         """End the actors."""
@@ -201,6 +204,11 @@ class Generators:
                 self._replace(at, actor, again + 1, error)
         raise AssertionError("the last failure is raised by _replace")
 
+    def _word(self, said: Sequence[Loaded]) -> Loaded:
+        word = word_of_all(said, self._published)
+        assert word is not None
+        return word
+
     def _make(self, seat: Seat) -> Any:
         return seat.make(GeneratorActor, *self._arguments, seat)
 
@@ -208,6 +216,7 @@ class Generators:
         """All anew, serving nothing yet."""
         self.close()
         self._actors = [self._make(seat) for seat in self._seats]
+        started([actor.identity.remote() for actor in self._actors])
 
     def _replace(self, at: int, lost: Any, tries: int, error: Exception) -> None:
         """In place of the actor that was `lost`, a new one that serves what the others serve; one
@@ -228,12 +237,6 @@ class Generators:
                 except LOST as again:
                     ray.kill(made)
                     tries, error = tries + 1, again
-
-
-def _odd(said: Sequence[T]) -> T:
-    """What one of them says that differs, if any does: the caller compares it with what was
-    published."""
-    return next((word for word in said if word != said[0]), said[0])
 
 
 def _own_gpus() -> list[str]:

@@ -47,7 +47,10 @@ def config_for(file: Path, folder: Path, points: Sequence[Point]) -> RunConfig:
         )
     run = Run(name="held-out", directory=str(folder), seed=first.run.seed)
     own = {"run": run, "model": first.model, "placement": first.placement}
-    config = given.model_copy(update={**own, "tracking": Tracking(plain=True)})
+    # One process serves itself, whatever the run would do.
+    rollout = given.rollout.model_copy(update={"transfer": "auto"})
+    own |= {"rollout": rollout, "tracking": Tracking(plain=True)}
+    config = given.model_copy(update=own)
     return settle(config, this_machine())
 
 

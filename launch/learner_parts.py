@@ -9,13 +9,14 @@ from launch.learner_memory import NF4, Learning
 from launch.memory_parts import RUNNING, Part, Phase, millions
 from launch.placement import Plan
 from launch.zero_memory import ALONE, BUCKET, LIVE, PERSISTENT, Sharded, Sharding
+from rollout.transfer import BUFFER
 
 ROLE = "learner"
 TRAIN: tuple[Phase, ...] = ("train",)
 PASSES: tuple[Phase, ...] = ("reference", "train", "publish")
 """Phases in which the policy computes."""
-WRITTEN = ("stored version", "copy to write")
-"""Whole models in host memory, for the rank that writes files."""
+WRITTEN = ("stored version", "copy to write", "messages to send")
+"""Whole models in host memory, for the rank that writes files, and what it sends from."""
 
 
 def learner_parts(held: Learning, sharding: Sharding = ALONE) -> Iterator[Part]:
@@ -41,10 +42,21 @@ def publish_parts(held: Learning, plan: Plan, sharding: Sharding = ALONE) -> Ite
         yield Part("publish", "merged layers", merged, said, ("publish",), host)
         said = f"{c} B x {millions(a.parameters)}"
         yield Part("publish", WRITTEN[1], c * a.parameters, said, ("publish",), True)
+        if plan.network:
+            # Two under way, each of tensors and what they are joined to.
+            size, said = message(held)
+            yield Part("publish", WRITTEN[2], 4 * size, f"4 x ({said})", ("publish",), host)
     else:
         said = f"10 B x {held.scored:,} tokens x {a.vocabulary:,}"
         size = 10 * held.scored * a.vocabulary
         yield Part("publish", "scoring", size, said, ("publish",), host)
+
+
+def message(held: Learning) -> tuple[int, str]:
+    """Bytes of the largest message of weights over the network, and how that comes."""
+    a, c = held.architecture, held.compute
+    said = f"{BUFFER // 2**20} MiB + {c} B x {a.vocabulary:,} x {a.hidden:,}"
+    return BUFFER + c * a.vocabulary * a.hidden, said
 
 
 def _weights(rank: Sharded) -> Iterator[Part]:

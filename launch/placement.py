@@ -27,6 +27,8 @@ class Plan:
     device: Literal["cpu", "cuda"]
     engine: Literal["vllm", "transformers"]
     sync: Literal["adapter", "merged"]
+    network: bool = False
+    """Whether whole weights are sent to generators (`rollout.transfer`)."""
 
 
 def place(
@@ -90,7 +92,7 @@ def place(
             "pip install 'pairloop[vllm-nf4]', or use rollout.sync merged where the whole model "
             "fits"
         )
-    return Plan(device, engine, sync)
+    return Plan(device, engine, sync, config.rollout.transfer == "network")
 
 
 def several(config: Trains) -> str | None:

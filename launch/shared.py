@@ -12,6 +12,7 @@ from launch.ranks import Lead
 from rlhf.interrupts import Interrupts
 from rlhf.protocols import Generator, Job, Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
+from rollout.weight_sync import word_of_all
 
 if TYPE_CHECKING:
     import polars as pl
@@ -119,6 +120,7 @@ class SharedGenerator:
     def __init__(self, own: Generator, lead: Lead) -> None:
         self._own = own
         self._lead = lead
+        self._published: Published | None = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """See `Generator.generate`; by rank 0 alone."""
@@ -142,9 +144,11 @@ class SharedGenerator:
         return self._same("logps", completions)
 
     def load(self, published: Published) -> Loaded:
-        """See `Generator.load`; what differs from rank 0's word is not what was published."""
-        loaded: Loaded = _one_word(self._same("load", published))
-        return loaded
+        """See `Generator.load`."""
+        self._published = published
+        word = word_of_all(self._same("load", published), published)
+        assert word is not None
+        return word
 
     def sleep(self) -> None:
         """See `Generator.sleep`."""
@@ -152,8 +156,7 @@ class SharedGenerator:
 
     def wake(self) -> Loaded | None:
         """See `Generator.wake`."""
-        loaded: Loaded | None = _one_word(self._same("wake"))
-        return loaded
+        return word_of_all(self._same("wake"), self._published)
 
     def close(self) -> None:
         """Free rank 0's engine; the others free theirs when they are let go."""
@@ -164,8 +167,3 @@ class SharedGenerator:
 
     def _each(self, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Any]:
         return self._lead.each("generator", self._own, method, arguments)
-
-
-def _one_word(said: Sequence[Any]) -> Any:
-    """What all said, else one that differs: the caller compares it with what was published."""
-    return next((word for word in said if word != said[0]), said[0])

@@ -4,7 +4,7 @@
 |---|---|---|
 | the first rank | all workers of all generators, in a broadcast | gloo raises; NCCL waits on |
 | every worker | the first rank, in the same | as there |
-| the other ranks | the first, where split weights are gathered | its connection closes |
+| the other ranks | the first, where split weights are gathered | as there |
 | the driver, in `transfer` | all of them | it is raised at once |
 
 So only the driver is sure to hear of a death. Whoever it leaves behind may hold half a version, or
@@ -45,10 +45,10 @@ def transfer(
     Raises one of LOST where an actor died, ActorLostError where nobody died and it didn't end, else
     what one of them raised.
     """
-    host, port = learners.address()
-    *firsts, world = accumulate(generators.workers, initial=1)
-    meeting = Meeting(host, port, world, generators.device)
     weights = learners.described()
+    *firsts, world = accumulate(generators.workers, initial=1)
+    # Last: the port is free now, and the first rank is where it is.
+    meeting = Meeting(*learners.address(), world, generators.device)
     coming = [Coming(meeting, first, weights) for first in firsts]
     receiving = generators.receiving(version, stored, coming)
     sending = learners.send(meeting)

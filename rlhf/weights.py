@@ -142,7 +142,8 @@ class Digest:
 
     def add(self, name: str, weight: Tensor) -> None:
         """Take a weight into account, once."""
-        held = in_precision(weight, self._dtype)
+        # 0 and -0 are one number, and a merge makes one of the other.
+        held = in_precision(weight, self._dtype) + 0
         rows = held.reshape(len(held), -1) if held.dim() > 1 else held.reshape(1, -1)
         marks = sha256()
         if rows.numel():

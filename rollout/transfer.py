@@ -24,6 +24,8 @@ from rlhf.files import remove
 MEMORY = Path("/dev/shm")
 BESIDE = 64 * 2**20
 """Bytes of a version beside its weights: tokenizer, configuration, headers."""
+BUFFER = 256 * 2**20
+"""Bytes of weights that fill a message over NCCL; its last tensor may go beyond."""
 DISK = "published"
 """Name of the folder in the run's own."""
 

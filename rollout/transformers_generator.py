@@ -29,6 +29,9 @@ from rollout.weight_sync import weights_sha256
 class TransformersGenerator:
     """A policy copy of its own, in compute precision."""
 
+    broken = False
+    """Its process is all there is of it."""
+
     def __init__(
         self,
         base: str,

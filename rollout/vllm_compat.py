@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -119,6 +122,31 @@ def beside_ranks() -> bool:
         and distributed.is_initialized()
         and distributed.get_world_size() > 1
     )
+
+
+def worker_died(llm: Any) -> bool:
+    """Whether a worker in a process of its own has died: vLLM's error then is one of many, and only
+    the executor knows."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return bool(getattr(executor, "is_failed", False))
+
+
+def end_with_parent() -> None:
+    """In a worker process: end as soon as the engine's process has.
+
+    vLLM's workers look for that between two calls (vLLM 0.32.0, `monitor_death_pipe`), and inside a
+    broadcast that nobody goes on with they would keep their GPU for good. Can go when they end at
+    once.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def shut_down(llm: Any, keep_groups: bool) -> None:

@@ -96,6 +96,13 @@ class InProcessEngine:
         return self._llm is not None
 
     @property
+    def broken(self) -> bool:
+        """Whether one of its worker processes has died, and it with them."""
+        from rollout import vllm_compat
+
+        return self.started and vllm_compat.worker_died(self._llm)
+
+    @property
     def llm(self) -> Any:
         """vLLM's `LLM`."""
         assert self._llm is not None, "start the engine before using it"

@@ -69,6 +69,11 @@ class VllmGenerator:
         """How many sequences its engine works on at once."""
         return self._engine.concurrency
 
+    @property
+    def broken(self) -> bool:
+        """Whether a worker process of its engine has died, so that it can't serve any more."""
+        return self._engine.broken
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """See `Generator.generate`. Samples depend on what else is in the batch."""
         assert self._loaded is not None, "load a policy version before sampling"
@@ -140,7 +145,7 @@ class VllmGenerator:
             self._engine.reload(str(published.path))
         return self._serve(published, sha256)
 
-    def receive(self, version: int, stored: Path, coming: Coming) -> Loaded:
+    def take(self, version: int, stored: Path, coming: Coming) -> Loaded:
         """Serve a version whose weights are sent over the network from now on; they are those that
         a round has `stored`. The engine has a version already."""
         digest = self._engine.receive(coming, str(stored))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,15 +26,16 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
-from rlhf.policy import Policy
 from rlhf.weights import Digest, in_precision
-from rollout.transfer import Coming, Meeting
+from rollout import vllm_compat
+from rollout.transfer import BUFFER, Coming, Meeting
+
+if TYPE_CHECKING:
+    from rlhf.policy import Policy
 
 WORKER = f"{__name__}.Receives"
 """What a worker is given beside its own methods."""
 BACKENDS = {"cpu": "pairloop_gloo", "cuda": "pairloop_nccl"}
-BUFFER = 256 * 2**20
-"""Bytes that NCCL sends at once; each end has two such buffers."""
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -61,6 +62,8 @@ def send(policy: Policy, rank: int, meeting: Meeting) -> str:
         )
         try:
             sender.send_weights()
+            if rank == 0:
+                _arrived(sender.model_update_group)
         finally:
             sender.shutdown()
         return weights.digest.hexdigest()
@@ -89,8 +92,8 @@ def receive(llm: Any, coming: Coming) -> str:
     ask("finish_weight_update")
     found: list[str] = ask("received_digest")
     ask("shutdown_weight_transfer_engine")
-    # Any that differs will do: the caller compares it with what was sent.
-    return next((digest for digest in found if digest != found[0]), found[0])
+    # Workers that differ have no digest in common, so it can't be what was sent.
+    return " ".join(sorted({*found}))
 
 
 class _Weights(WeightSource):  # type: ignore[misc]
@@ -141,6 +144,10 @@ class _Nccl(NCCLWeightTransferEngine):  # type: ignore[misc]
 
     digest = ""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        vllm_compat.end_with_parent()
+
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         found, load = Digest(self.model_config.dtype), self.model.load_weights
 
@@ -159,6 +166,8 @@ class _Nccl(NCCLWeightTransferEngine):  # type: ignore[misc]
 
     def _receive(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         super().receive_weights(update_info)
+        torch.cuda.synchronize()
+        _arrived(self.model_update_group)
 
 
 class _Gloo(_Nccl):
@@ -192,6 +201,11 @@ class Receives:
         """Of the weights that came last."""
         found: str = self.weight_transfer_engine.digest  # type: ignore[attr-defined]
         return found
+
+
+def _arrived(group: Any) -> None:
+    """Wait until all have what was sent: vLLM ends a group by aborting what is under way."""
+    group.group.barrier(TIMEOUT.total_seconds())
 
 
 def _gloo(host: str, port: int, rank: int, world: int) -> Any:

@@ -117,6 +117,13 @@ def check_loaded(published: Published, loaded: Loaded | None) -> None:
         )
 
 
+def word_of_all(said: Sequence[Loaded | None], published: Published | None) -> Loaded | None:
+    """What generators side by side say they serve: of those whose word is not what was published
+    (None: nothing yet) the first one's, so that one that is wrong is never spoken for."""
+    expected = None if published is None else Loaded(published.version, published.sha256)
+    return next((word for word in said if word != expected), expected)
+
+
 class Serving:
     """A generator and the version it serves. The engine starts when a version is first asked for.
 

@@ -14,6 +14,7 @@ from test_offline import write_config, write_pairs
 
 import launch.sweep
 from launch.cli import main
+from launch.held_out import config_for
 from launch.machines import this_machine
 from launch.placement import settle
 from rlhf.config_offline import OfflineConfig
@@ -246,6 +247,19 @@ def test_points_answer_held_out_prompts_and_judges_score_them(
     before = (folder / "sweep.json").read_bytes()
     assert main(command) == 0
     assert (folder / "sweep.json").read_bytes() == before
+
+
+def test_points_are_served_in_one_process_whatever_the_run_of_their_prompts_would_do(
+    config: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    rollout, apart = {"engine": "vllm", "transfer": "network"}, {"kind": "ray", "colocate": False}
+    values = run_values(tmp_path / "online", tiny_model, rollout=rollout, placement=apart)
+    values["model"]["tuning"] = "full"
+    online = tmp_path / "online.yaml"
+    online.write_text(yaml.safe_dump(values))
+    _, points = grid([config], [("objective.beta", "0.1,0.2")])
+    found = config_for(online, tmp_path / "out", points)
+    assert (found.placement.kind, found.rollout.transfer) == ("auto", "auto")
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,33 @@ def test_an_engine_sees_the_gpus_of_its_places_and_no_other(
             cluster.kill(actor)
 
 
+class BrokenRoles:
+    """Makes a generator that raises, its engine having lost a worker or not."""
+
+    def __init__(self, broken: bool) -> None:
+        self.broken = broken
+
+    def generator(self, longest: int, cards: Cards) -> Any:
+        def fail() -> None:
+            raise ValueError("as asked")
+
+        concurrency = SimpleNamespace(say=print)
+        return SimpleNamespace(concurrency=concurrency, broken=self.broken, fail=fail)
+
+
+def test_an_actor_whose_engine_lost_a_worker_counts_as_dead(cluster: Any, tmp_path: Path) -> None:
+    from launch.actors import LOST, answered
+    from launch.generator_actors import GeneratorActor
+
+    with _seated(layout(run_config(tmp_path, tmp_path, "vllm"), False)) as seats:
+        (seat,) = seats.of["generator"]
+        for broken, expected in ((False, ValueError), (True, LOST)):
+            actor = seat.make(GeneratorActor, BrokenRoles(broken), 64, seat)
+            with pytest.raises(expected):
+                answered(actor.call.remote("fail"))
+            cluster.kill(actor)
+
+
 def versions(folder: Path, model: Path) -> list[Published]:
     """The model, and one that has moved away from it."""
     moved = folder / "moved"

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 from golden_run import environment
 from nodes import one_cluster
+from placements import LORA, at, planned, preset, sizes
 from ray_nodes import actors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,7 +29,7 @@ from launch.cluster_fit import plan_cluster
 from launch.machines import this_machine
 from launch.placement import Plan, place
 from launch.ray_run import _seated
-from launch.roles import Roles
+from launch.roles import Cards, Roles
 from rlhf.config import RunConfig
 from rlhf.errors import InputError, ParityError
 from rlhf.learner import Learner
@@ -65,6 +68,11 @@ def moved(source: Path, folder: Path, seed: int) -> Path:
     return folder
 
 
+def children() -> set[psutil.Process]:
+    found = psutil.Process().children(recursive=True)
+    return {p for p in found if "resource_tracker" not in " ".join(p.cmdline())}
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -88,6 +96,9 @@ def test_a_digest_tells_whole_weights_apart_and_not_how_they_lie() -> None:
     assert digest([("matrix", matrix.T.contiguous().T), *weights[1:]]) == same
     half = [(name, weight.to(torch.bfloat16)) for name, weight in weights[:2]]
     assert digest(half, torch.bfloat16) == digest(weights[:2], torch.bfloat16)
+    # What is too small for a half is 0, of whichever sign, and a merge adds 0 to it.
+    tiny = torch.tensor([[1e-9, -1e-9], [-0.0, 1.0]])
+    assert digest([("w", tiny)], torch.float16) == digest([("w", tiny.half() + 0)], torch.float16)
     assert digest(weights[:2], torch.bfloat16) != digest(weights[:2])
 
     def changed(where: Callable[[Tensor], None]) -> list[tuple[str, Tensor]]:
@@ -145,21 +156,106 @@ def test_the_network_is_refused_where_engines_have_no_place_of_their_own(
         RunConfig.model_validate(values)
 
 
-@pytest.mark.engine
-def test_what_an_engine_received_is_what_was_sent_and_what_a_new_one_reads(
-    tiny_model: Path, tmp_path: Path
+WAITING = """
+import multiprocessing, os, time
+from rollout.vllm_compat import end_with_parent
+
+def wait():
+    end_with_parent()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=wait)
+    child.start()
+    child.join()
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_waits_ends_with_its_parent(tmp_path: Path) -> None:
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as parent:
+        assert parent.stdout is not None
+        worker = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    _, alive = psutil.wait_procs([worker], timeout=60)
+    assert alive == []
+
+
+class Asked:
+    """Learners and generators that only say what they were asked."""
+
+    device = "cpu"
+
+    def __init__(self, workers: list[int]) -> None:
+        self.workers = workers
+        self.coming: list[Coming] = []
+
+    def described(self) -> dict[str, Any]:
+        return {"names": ["w"]}
+
+    def address(self) -> tuple[str, int]:
+        return "there", 5
+
+    def send(self, meeting: Meeting) -> list[str]:
+        return ["digest", "digest"]
+
+    def receiving(self, version: int, stored: Path, coming: list[Coming]) -> list[str]:
+        self.coming += coming
+        return ["word"] * len(coming)
+
+
+def test_every_worker_of_every_generator_has_a_rank_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both ends in one process: the sender in a thread."""
+    monkeypatch.setattr(weight_network, "_in_time", lambda references, version: references)
+    both: Any = Asked([2, 1, 3])
+    sent, said = weight_network.transfer(both, both, 4, Path())
+    assert (sent, len(said)) == ("digest", 3)
+    assert [coming.first for coming in both.coming] == [1, 3, 4]
+    assert {coming.meeting for coming in both.coming} == {Meeting("there", 5, 7, "cpu")}
+
+
+def test_messages_are_planned_for_on_both_ends() -> None:
+    config = preset(
+        LORA,
+        model={"tuning": "full"},
+        placement={"kind": "ray", "colocate": False, "generators": 2, "zero": 3},
+        rollout={"transfer": "network"},
+    )
+    found = planned(config, "1x8xH100-80GB")
+    # 256 MiB, and the embedding beyond: 128,256 words of 4,096 numbers of 2 bytes.
+    message = 256 * 2**20 + 2 * 128_256 * 4_096
+    assert sizes(at(found, gpu=0))["publish", "messages to send"] == 4 * message
+    assert ("publish", "messages to send") not in sizes(at(found, gpu=1))
+    assert sizes(at(found, gpu=7))["generator", "messages received"] == 2 * message
+    ordinary = planned(config.model_copy(update={"rollout": preset(LORA).rollout}), "1x8xH100-80GB")
+    assert not [what for _, what in sizes(at(ordinary, gpu=7)) if "messages" in what]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("width", [1, 2])
+def test_what_an_engine_received_is_what_was_sent_and_what_a_new_one_reads(
+    tiny_model: Path, tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ends in one process: the sender in a thread, and workers as its children if there are
+    several."""
     from rollout.vllm_transfer import described, send
 
+    if width > 1:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     config = run_config(tmp_path, tiny_model)
     policy = Policy(config.model, str(tiny_model), "cpu", 0)
     (tmp_path / "start").mkdir()
     policy.save(tmp_path / "start", "card")
-    generator = Roles(config, PLAN).generator(64)
+    generator = Roles(config, PLAN).generator(64, Cards(width, 0.0))
     assert isinstance(generator, VllmGenerator)
     prompts = fakes.prompts_of(prompt_encoder(policy.tokenizer), ["Hi", "Where is my parcel?"])
     learner = Learner(policy, config)
+    others = children()
     try:
         start = tmp_path / "start"
         stored = stored_digest(start, torch.float32)
@@ -171,10 +267,10 @@ def test_what_an_engine_received_is_what_was_sent_and_what_a_new_one_reads(
         for version in (1, 2):
             folder = moved(start, tmp_path / f"version-{version}", version)
             policy.restore(folder)
-            meeting = Meeting("127.0.0.1", free_port(), 2, "cpu")
+            meeting = Meeting("127.0.0.1", free_port(), 1 + width, "cpu")
             with ThreadPoolExecutor(1) as beside:
                 sent = beside.submit(send, policy, 0, meeting)
-                said = generator.receive(version, folder, Coming(meeting, 1, described(policy)))
+                said = generator.take(version, folder, Coming(meeting, 1, described(policy)))
                 assert said == Loaded(version, sent.result(timeout=60))
             assert said.sha256 == stored_digest(folder, torch.float32)
             after = learner.logps(drawn)
@@ -187,6 +283,14 @@ def test_what_an_engine_received_is_what_was_sent_and_what_a_new_one_reads(
         (folder / "model.safetensors").write_bytes((start / "model.safetensors").read_bytes())
         with pytest.raises(ParityError, match="has changed since it was loaded"):
             generator._check_restarted()
+        if width > 1:
+            assert not generator.broken
+            workers = children() - others
+            assert len(workers) == width
+            workers.pop().kill()
+            with pytest.raises(Exception, match=r".*"):
+                generator.logps(drawn)
+            assert generator.broken
     finally:
         generator.close()
 
@@ -237,7 +341,8 @@ def test_split_weights_reach_every_generator_though_one_dies_on_the_way(
             serving.at(1, moved(start, tmp_path / "version-1", 1))
             assert not list((tmp_path / "published").iterdir()), "nothing is written any more"
             first = {actor.pid for actor in actors("GeneratorActor")}
-            assert len(first) == 2 and not said
+            ranks = {actor.pid for actor in actors("LearnerActor")}
+            assert len(first) == len(ranks) == 2 and not said
 
             in_time = weight_network._in_time
 
@@ -253,6 +358,8 @@ def test_split_weights_reach_every_generator_though_one_dies_on_the_way(
             assert len(said) == 1 and "version 2 was lost on its way" in said[0]
             second = {actor.pid for actor in actors("GeneratorActor")}
             assert len(second) == 2 and second.isdisjoint(first)
+            # A rank may wait in the broadcast for good.
+            assert ranks.isdisjoint({actor.pid for actor in actors("LearnerActor")})
 
             monkeypatch.undo()
             serving.at(3, moved(start, tmp_path / "version-3", 3))

@@ -20,7 +20,7 @@ from rlhf.model_files import prompt_encoder
 from rlhf.policy import Policy
 from rlhf.protocols import Loaded, Published
 from rollout.transformers_generator import TransformersGenerator
-from rollout.weight_sync import Serving, check_loaded, parity, weights_sha256
+from rollout.weight_sync import Serving, check_loaded, parity, weights_sha256, word_of_all
 
 TOLERANCE = 0.08
 
@@ -234,6 +234,20 @@ def serve(learner: Learner, tmp_path: Path) -> Iterator[Build]:
     yield build
     for serving in made:
         serving.close()
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_a_generator_that_loaded_something_else_is_found_wherever_it_stands(wrong: int) -> None:
+    published = Published(1, Path("somewhere"), "merged", "abc")
+    said = [Loaded(1, "abc")] * 3
+    check_loaded(published, word_of_all(said, published))
+    said[wrong] = Loaded(1, "other")
+    with pytest.raises(ParityError, match=r"SHA-256 abc.* serves version 1 \(other\)"):
+        check_loaded(published, word_of_all(said, published))
+    nothing: list[Loaded | None] = [None] * 3
+    assert word_of_all(nothing, None) is None
+    nothing[wrong] = Loaded(0, "abc")
+    assert word_of_all(nothing, None) == Loaded(0, "abc")
 
 
 @pytest.mark.parametrize("sync", ["merged", "adapter"])
