@@ -4,7 +4,8 @@
 
 SmolLM2-135M with LoRA on all linear layers, on this machine's CPU: forward, backward and AdamW (its
 rate 0, so that every step starts from the same weights) over pairs of random ids, the reference's
-log-probs computed beforehand for all three. That the three losses are equal is asserted first.
+log-probs computed beforehand for all three. That the three losses are equal is asserted before any
+number is printed.
 Times are taken in turns in one process, so that a busy machine is busy for all, and their medians
 are shown; peak memory (PSS beyond what the imports take) in a process for each.
 

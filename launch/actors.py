@@ -4,9 +4,9 @@
 |---|---|---|
 | driver, in `stream` | the first generator to finish its shard | made anew, shard done again |
 | driver, in `load`, `logps` | every generator | made anew, call made again |
-| driver, in a learner's call | every rank | all made anew, restored, call made again |
+| driver, in a learner's call | every rank | at once all made anew, restored, call made again |
 | its second thread, drawing ahead | as in `stream` | as there; one thread at a time |
-| a learner rank | the others, in a collective | its connection closes: the call ends |
+| a learner rank | the others, in a collective | gloo raises; NCCL waits on, until it is killed |
 
 A generator made anew is given the version that the others serve. Only actors that died are tried
 again, a few times: an error that an actor raised is about the data
@@ -17,6 +17,8 @@ same numbers, and are told once.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from launch.layout import Role
+from launch.ranks import RankLostError
 from rlhf.errors import PairloopError
 
 if TYPE_CHECKING:
@@ -46,6 +49,9 @@ TRIES = 3
 START_S = 1800.0
 """Seconds that an actor which is made anew has to find a place, where its node died perhaps another
 one, and to load its model."""
+GRACE_S = 60.0
+"""Seconds that calls have that wait for each other, once one has failed: a death may be heard of
+later than what it did to them."""
 LOST = (RayActorError, ObjectLostError, NodeDiedError, OutOfMemoryError)
 """What Ray raises where an actor died, or its node with an answer that nobody had fetched."""
 
@@ -116,6 +122,43 @@ def started(references: Sequence[Any]) -> list[Any]:
             f"an actor was not there within {START_S:.0f} s; has the cluster lost the node that "
             "had its place? The same command goes on once there is room"
         ) from None
+
+
+def all_of(references: Sequence[Any], within: float | None = None) -> list[Any]:
+    """What calls gave that wait for each other, in their order.
+
+    Raises one of LOST as soon as one's actor has died: the others may wait for it for good. Else,
+    where one failed, what it raised, once the others have ended too or `GRACE_S` later; and
+    ActorLostError where nobody failed and not all ended `within` seconds.
+    """
+    pending, errors = list(references), list[Exception]()
+    end = math.inf if within is None else time.monotonic() + within
+    while pending and (left := end - time.monotonic()) > 0:
+        ready, pending = ray.wait(pending, timeout=None if left == math.inf else left)
+        for reference in ready:
+            try:
+                answered(reference)
+            except LOST:
+                raise
+            except Exception as error:
+                errors.append(error)
+                end = min(end, time.monotonic() + GRACE_S)
+    # One whose connection closed says less than the one who closed it.
+    own = [error for error in errors if not isinstance(error, RankLostError)]
+    if errors:
+        raise (*own, *errors)[0]
+    if pending:
+        raise ActorLostError(f"actors did not end within {within:.0f} s, though none of them died")
+    return [answered(reference) for reference in references]
+
+
+def failed(reference: Any) -> bool:
+    """Whether a call that has ended raised, or its actor died."""
+    try:
+        answered(reference)
+    except Exception:
+        return True
+    return False
 
 
 def answered(reference: Any) -> Any:

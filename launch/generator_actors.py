@@ -214,9 +214,16 @@ class Generators:
 
     def _renew(self) -> None:
         """All anew, serving nothing yet."""
-        self.close()
-        self._actors = [self._make(seat) for seat in self._seats]
-        started([actor.identity.remote() for actor in self._actors])
+        for again in range(TRIES):
+            self.close()
+            self._actors = [self._make(seat) for seat in self._seats]
+            try:
+                started([actor.identity.remote() for actor in self._actors])
+            except LOST as error:
+                if again + 1 == TRIES:
+                    raise ActorLostError(f"generators died {TRIES} times: {error}") from error
+            else:
+                return
 
     def _replace(self, at: int, lost: Any, tries: int, error: Exception) -> None:
         """In place of the actor that was `lost`, a new one that serves what the others serve; one

@@ -47,9 +47,10 @@ def config_for(file: Path, folder: Path, points: Sequence[Point]) -> RunConfig:
         )
     run = Run(name="held-out", directory=str(folder), seed=first.run.seed)
     own = {"run": run, "model": first.model, "placement": first.placement}
-    # One process serves itself, whatever the run would do.
-    rollout = given.rollout.model_copy(update={"transfer": "auto"})
-    own |= {"rollout": rollout, "tracking": Tracking(plain=True)}
+    own["tracking"] = Tracking(plain=True)
+    if given.rollout.transfer == "network":
+        # One process has nobody to send to.
+        own["rollout"] = given.rollout.model_copy(update={"transfer": "auto"})
     config = given.model_copy(update=own)
     return settle(config, this_machine())
 

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
 )
 
-from launch.actors import LOST, TRIES, ActorLostError, Seats, answered, started
+from launch.actors import LOST, TRIES, ActorLostError, Seats, all_of, answered, failed, started
 from launch.quiet import hush, hush_transformers
 from launch.roles import Roles, Say
 from rlhf.errors import Interrupted
@@ -135,7 +135,7 @@ class Learners:
         self._say = say
         self._restored: Path | None = None
         self._ranks: list[Any] = []
-        self._start(say)
+        self._together(lambda: None, dead=True, hear=say)
 
     @property
     def config(self) -> Any:
@@ -197,8 +197,14 @@ class Learners:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         steps = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
-        def train() -> Trained:
+        def tell() -> None:
             nonlocal last
+            for step, values in _drained(steps):
+                if step > last:
+                    last = step
+                    on_step(step, values)
+
+        def train() -> Trained:
             asked = False
             pending = [
                 rank.train.remote(table, reference, round_index, state, None if at else steps)
@@ -206,17 +212,17 @@ class Learners:
             ]
             given, running = list(pending), True
             while running:
-                _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
-                running = bool(pending)
-                for step, values in _drained(steps):
-                    if step > last:
-                        last = step
-                        on_step(step, values)
+                ready, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
+                running = bool(pending) and not any(map(failed, ready))
+                tell()
                 if not asked and (reason := _reason(check)) is not None:
                     asked = True
                     for rank in self._ranks:
                         rank.stop.remote(reason)
-            done: Trained = _agreed(given)
+            try:
+                done: Trained = all_of(given)[0]
+            finally:
+                tell()
             return done
 
         try:
@@ -250,16 +256,23 @@ class Learners:
         """End the ranks."""
         for rank in self._ranks:
             ray.kill(rank)
+        self._ranks = []
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        return _agreed([rank.call.remote(method, *arguments) for rank in self._ranks])
+        return all_of([rank.call.remote(method, *arguments) for rank in self._ranks])[0]
 
-    def _together(self, ask: Callable[[], Any], dead: bool = False) -> Any:
+    def _together(
+        self, ask: Callable[[], Any], dead: bool = False, hear: Say = lambda _: None
+    ) -> Any:
+        """What `ask` gives; `dead` where the ranks have to be made first, and what they then have
+        to say is for `hear`."""
         for again in range(TRIES + 1):
             try:
                 if dead:
-                    self._start(lambda _: None)
-                    self._call("restore", self._restored)
+                    self._start(hear)
+                    # New ones are at the run's start.
+                    if self._restored is not None:
+                        self._call("restore", self._restored)
                     dead = False
                 found = ask()
                 self._tell()
@@ -287,30 +300,9 @@ class Learners:
             for rank, seat in enumerate(self._seats)
         ]
         (address, *_) = started([rank.address.remote() for rank in self._ranks])
-        _agreed([rank.meet.remote(address) for rank in self._ranks])
+        all_of([rank.meet.remote(address) for rank in self._ranks])
         for line in answered(self._ranks[0].news.remote()):
             say(line)
-
-
-def _agreed(references: Sequence[Any]) -> Any:
-    """The first rank's answer, once all are there.
-
-    Raises one of LOST where a rank died, whatever the others then met; else the first's error.
-    """
-    from launch.ranks import RankLostError
-
-    errors: list[Exception] = []
-    answers: list[Any] = []
-    for reference in references:
-        try:
-            answers.append(answered(reference))
-        except Exception as error:
-            errors.append(error)
-    lost = [error for error in errors if isinstance(error, LOST)]
-    own = [error for error in errors if not isinstance(error, RankLostError)]
-    if errors:
-        raise (*lost, *own, *errors)[0]
-    return answers[0]
 
 
 def _drained(steps: Queue) -> Iterator[tuple[int, dict[str, float]]]:

@@ -129,6 +129,7 @@ class Wiring:
     @contextmanager
     def parts(self, watchers: Watchers) -> Iterator[Parts]:
         """The parts of a run; frees generator and judges at the end."""
+        from rlhf.learner import Learner
         from rlhf.model_files import prompt_encoder
         from rlhf.stage_base import Parts
         from rollout.weight_sync import Serving
@@ -140,6 +141,8 @@ class Wiring:
         for line in (_counted(pools), *_calls(config, pools, judging)):
             watchers.terminal.say(line)
         learner = self.team.learner(roles, watchers.terminal.say)
+        if isinstance(learner, Learner):
+            learner.check = watchers.interrupts.check
         folder = self._way(roles, watchers.terminal.say)
         longest = max(len(p.token_ids) for p in (*pools.train, *pools.gate, *pools.final))
         serving = Serving(

@@ -108,4 +108,5 @@ def _parts(
     hush_transformers()
     policy = Policy(config.model, model_path(config), device, config.run.seed)
     learner = Learner(policy, config, terminal.say)
+    learner.check = interrupts.check
     return Parts(learner, tokens_of(policy), terminal, trackers, interrupts.check)

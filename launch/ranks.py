@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -177,7 +179,18 @@ def _alone(target: Any, method: str, arguments: tuple[Any, ...] | None) -> Any:
     try:
         return getattr(target, method)(*arguments)
     except Exception as error:
-        return Failure(error)
+        return Failure(sendable(error))
+
+
+def sendable(error: Exception) -> Exception:
+    """The error, or its words where it can't be sent to another process and be made again there."""
+    try:
+        again = pickle.loads(pickle.dumps(error))
+    except Exception:
+        again = None
+    if type(again) is type(error) and str(again) == str(error):
+        return error
+    return PairloopError("".join(traceback.format_exception(error)).strip())
 
 
 def _collect(group: Group, answer: Any) -> list[Any]:

@@ -13,16 +13,11 @@ wait for good: it is for the caller to make all of them anew.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import ray
-
-from launch.actors import LOST, ActorLostError, answered
-from launch.ranks import RankLostError
+from launch.actors import ActorLostError, all_of
 from rollout.transfer import Coming, Meeting
 
 if TYPE_CHECKING:
@@ -32,9 +27,6 @@ if TYPE_CHECKING:
 
 WHOLE_S = 1800.0
 """Seconds that a version may take."""
-GRACE_S = 60.0
-"""Seconds that the others have once one has failed: a death may be heard of later than what it did
-to them."""
 
 
 def transfer(
@@ -52,31 +44,11 @@ def transfer(
     coming = [Coming(meeting, first, weights) for first in firsts]
     receiving = generators.receiving(version, stored, coming)
     sending = learners.send(meeting)
-    answers = _in_time([*sending, *receiving], version)
-    return answers[0], answers[len(sending) :]
-
-
-def _in_time(references: Sequence[Any], version: int) -> list[Any]:
-    pending, errors = list(references), list[Exception]()
-    end = time.monotonic() + WHOLE_S
-    while pending and (left := end - time.monotonic()) > 0:
-        ready, pending = ray.wait(pending, num_returns=1, timeout=left)
-        for reference in ready:
-            try:
-                answered(reference)
-            except LOST:
-                raise
-            except Exception as error:
-                errors.append(error)
-                end = min(end, time.monotonic() + GRACE_S)
-    # One whose connection closed says less than the one who closed it.
-    own = [error for error in errors if not isinstance(error, RankLostError)]
-    if errors:
-        raise (*own, *errors)[0]
-    if pending:
+    try:
+        answers = all_of([*sending, *receiving], WHOLE_S)
+    except ActorLostError as error:
         raise ActorLostError(
-            f"version {version} was not there {WHOLE_S:.0f} s after it was sent, though nobody "
-            "died; rollout.transfer disk takes the run's folder instead, and the same command goes "
-            "on with it"
-        )
-    return [answered(reference) for reference in references]
+            f"version {version} did not arrive: {error}; rollout.transfer disk takes the run's "
+            "folder instead, and the same command goes on with it"
+        ) from error
+    return answers[0], answers[len(sending) :]

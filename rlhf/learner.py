@@ -77,6 +77,9 @@ class Learner:
             else Replicated(policy, config.learner, config.model.precision)
         )
         self.group = self.sharding.group
+        self.check: Callable[[], None] = lambda: None
+        """Called between micro-batches of a pass without gradients, where this process is alone;
+        what it raises ends the pass."""
         # Last, since it makes a pass, which split weights can only once an engine gathers them.
         self.scorer = Scorer(
             policy, self.settings.micro_batch_tokens, self.settings.on_inexact, say
@@ -142,6 +145,8 @@ class Learner:
         with self.policy.reference(kind) as model, torch.no_grad():
             model.eval()
             for micro in self.scorer.plan(examples, self.group):
+                if self.group.world == 1:
+                    self.check()
                 rows = list(micro.examples)
                 tokens_N, batch = self.scorer.tokens(model, [sequences[i] for i in rows])
                 planned.append(rows)

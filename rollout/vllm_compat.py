@@ -127,8 +127,11 @@ def beside_ranks() -> bool:
 def worker_died(llm: Any) -> bool:
     """Whether a worker in a process of its own has died: vLLM's error then is one of many, and only
     the executor knows."""
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return bool(getattr(executor, "is_failed", False))
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    executor = getattr(core, "model_executor", None)
+    # Its own mark is set by a thread, perhaps after the error that the death caused.
+    workers = getattr(executor, "workers", None) or ()
+    return getattr(executor, "is_failed", False) or not all(w.proc.is_alive() for w in workers)
 
 
 def end_with_parent() -> None:

@@ -167,7 +167,14 @@ class VllmGenerator:
 
     def _serve(self, published: Published, sha256: str) -> Loaded:
         self._engine.llm.reset_prefix_cache()
-        self._checksums = self._weights()
+        before, self._checksums = self._checksums, self._weights()
+        other = self._loaded is not None and self._loaded.sha256 != sha256
+        # An adapter leaves the weights beneath it as they are.
+        if other and published.kind != "adapter" and before == self._checksums is not None:
+            raise ParityError(
+                f"vLLM read version {published.version}, whose weights are others, and its own "
+                "checksums say that it holds what it held before"
+            )
         self._published, self._loaded = published, Loaded(published.version, sha256)
         return self._loaded
 

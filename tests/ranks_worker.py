@@ -50,6 +50,7 @@ class Case:
         self.out = folder / case["name"]
         self.stop_at, self.nan_at = case.get("stop_at"), case.get("nan_at")
         self.losses: dict[int, list[float]] = {}
+        self.norms: list[float] = []
         self.round = 0
         self.learner = make_learner(self.config, group, self.stage)
 
@@ -59,6 +60,7 @@ class Case:
 
     def on_step(self, step: int, values: dict[str, float]) -> None:
         self.losses[self.round].append(values["loss"])
+        self.norms.append(values["grad_norm"])
         if self.nan_at == [self.round, step] and self.last_rank:
             _, parameter = self.learner.policy.trainable()[0]
             parameter.register_hook(lambda gradient: gradient * float("nan"))
@@ -106,6 +108,7 @@ class Case:
         losses = list(self.losses.values())
         return {
             "losses": losses,
+            "norms": self.norms,
             "reference": reference,
             "everywhere": self.group.gather(losses),
             "ways": repr(self.learner.scorer.ways),

@@ -18,6 +18,7 @@ from rlhf.config_base import Section
 from rlhf.config_judges import LlmSpec, VerifierSpec
 from rlhf.config_objective import OBJECTIVES
 from rlhf.config_offline import Data, OfflineConfig
+from rlhf.config_selection import STANDARD_FLOORS
 from rlhf.config_yaml import Reader
 from rlhf.errors import InputError
 
@@ -69,7 +70,19 @@ def test_the_defaults_are_the_practice_users_start_from(base: Path) -> None:
     assert config.learning_rate == 1e-4
     assert config_io.load([base], [("model.tuning", "full")]).learning_rate == 5e-6
     assert config.floors == {"correctness": 0.60}
+    floors = {"correctness": 0.60, "groundedness": 0.55, "problem_solution": 0.60}
+    assert floors == STANDARD_FLOORS
     assert config.selection.min_margin == 0.05
+
+
+@pytest.mark.parametrize(
+    "placement", ["{kind: local}", "{kind: ray}", "{kind: ray, colocate: true}"]
+)
+def test_generators_that_share_places_with_the_learner_draw_nothing_ahead(
+    base: Path, placement: str
+) -> None:
+    found = error(base, f"rounds: {{max_staleness: 1}}\nplacement: {placement}")
+    assert "need places of their own: placement.kind ray and colocate false" in found
 
 
 def test_files_merge_left_to_right_and_overrides_last(base: Path, tmp_path: Path) -> None:

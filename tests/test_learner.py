@@ -186,6 +186,22 @@ def first_gradients(
     return torch.cat([g.flatten() for g in seen[0]]), log.metrics[0]["loss"]
 
 
+def test_a_pass_without_gradients_stops_between_micro_batches(small_model: Path) -> None:
+    learner = make_learner(config_for(small_model, learner={"micro_batch_tokens": 50}))
+    table, asked = make_pairs(6), 0
+
+    def check() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            raise Interrupted("as asked")
+
+    learner.check = check
+    with pytest.raises(Interrupted, match="as asked"):
+        learner.reference_logps(table, 1)
+    assert learner.reference_logps(table, 1).height == table.height and asked > 3
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_micro_batches_leave_the_step_as_it_is_in_float64(
     small_model: Path, tmp_path: Path, tuning: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import fakes
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_generators import engine_options
 
 from rlhf.config import RunConfig
@@ -94,6 +95,22 @@ def test_weights_that_changed_in_their_sleep_are_fatal(
     engine.checksum = "something else"
     with pytest.raises(ParityError, match="changed while it slept"):
         generator.wake()
+
+
+def test_weights_that_a_load_left_as_they_were_are_fatal(
+    generator: VllmGenerator, engine: CardEngine, tiny_model: Path, tmp_path: Path
+) -> None:
+    same = Published(4, tiny_model, "merged", weights_sha256(tiny_model))
+    assert generator.load(same).version == 4, "what was not trained is not changed"
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    file = other / "model.safetensors"
+    save_file({name: 2 * weight for name, weight in load_file(file).items()}, file)
+    moved = Published(5, other, "merged", weights_sha256(other))
+    with pytest.raises(ParityError, match="version 5, whose weights are others"):
+        generator.load(moved)
+    engine.checksum = "version 5"
+    assert generator.load(moved) == Loaded(5, moved.sha256)
 
 
 def test_a_load_is_what_the_next_wake_is_compared_with(

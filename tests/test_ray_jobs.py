@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from golden_run import environment, golden, observed, replay, write_config
 from nodes import NODES, at, inside, node, one_cluster, search_path, until
+from ray_nodes import slowed
 
 # Another file's cluster may have to end first.
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
@@ -118,8 +119,9 @@ def test_a_job_is_stopped_in_training_and_a_second_one_ends_with_the_golden_pair
     job = user.submits("tiny.yaml")
     first = run / "rounds/0001/trainer/checkpoints/000001"
     url = f"{SERVER}/api/jobs/{job}/stop"
-    assert user.runs(sys.executable, "-c", STOP, str(first), url) == "200\n"
-    until(lambda: "was stopped" in user.job("status", job), DEADLINE, "the job is stopped")
+    with slowed("LearnerActor", run / "rounds/0001/reference_logps.parquet"):
+        assert user.runs(sys.executable, "-c", STOP, str(first), url) == "200\n"
+        until(lambda: "was stopped" in user.job("status", job), DEADLINE, "the job is stopped")
     log = user.job("logs", job)
     assert "stopped at a safe point by SIGTERM" in log
     assert "will kill this run" not in log

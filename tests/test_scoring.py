@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fakes import run_values
 from small_models import save_small_model, small_tokenizer
 
-from rlhf.attention import FULL, Masking
+from rlhf.attention import FULL, Layout, Masking
+from rlhf.config import RunConfig
 from rlhf.config_learner import Model
 from rlhf.errors import InexactError
 from rlhf.head import Tail
+from rlhf.learner import Learner
 from rlhf.logprobs import PLAIN, Ways
-from rlhf.packing import TokenPair
+from rlhf.packing import TokenPair, pack
 from rlhf.policy import Policy
-from rlhf.scoring import Scorer
+from rlhf.scoring import Scorer, probe
+from rlhf.types import Completion
 
 
 def policy_of(folder: Path, **model: Any) -> Policy:
@@ -83,20 +88,56 @@ def test_a_gap_takes_the_plain_way_if_the_config_says_so(small_model: Path) -> N
     assert len(said) == 1
 
 
-def test_a_completion_that_sees_another_is_a_gap(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
+def another_completion(layout: Layout) -> torch.Tensor:
+    """Whether a position may see another by its segment alone."""
+    of = layout.segments_BT
+    return of[:, :, None] == of[:, None, :]
+
+
+def another_segment(layout: Layout) -> torch.Tensor:
+    """Whether a position may see another by its branch alone."""
+    of = layout.branches_BT
+    return (of[:, None, :] == 0) | (of[:, :, None] == of[:, None, :])
+
+
+@pytest.mark.parametrize("leak", [another_completion, another_segment])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_sees_another_completion_or_segment_is_a_gap_before_a_learner_scores_anything(
+    small_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    leak: Callable[[Layout], torch.Tensor],
+    precision: str,
 ) -> None:
-    from rlhf.attention import Layout
+    """As a run finds it: its first scores are of single answers, none of which shares a prompt."""
 
     def leaky(layout: Layout, window: int | None) -> torch.Tensor:
         length = layout.segments_BT.shape[1]
-        return torch.ones(len(layout.segments_BT), length, length, dtype=torch.bool).tril()
+        return leak(layout) & torch.ones(length, length, dtype=torch.bool).tril()
 
+    values = run_values(tmp_path, small_model)
+    values["model"] |= {"precision": precision}
+    learner = Learner(policy_of(small_model, precision=precision), RunConfig.model_validate(values))
+    answers = [
+        Completion(f"p{number}", 0, "", tuple(completion), tuple(prompt), (0.0,), "stop", 0)
+        for number, ((prompt, completion), _) in enumerate(examples())
+    ]
     monkeypatch.setattr(Layout, "visible_BTT", leaky)
-    for precision in ("fp32", "bf16"):
-        found, _ = scorer(policy_of(small_model, precision=precision))
-        with pytest.raises(InexactError):
-            found.prove(examples())
+    with pytest.raises(InexactError):
+        learner.logps(answers)
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 3, 30])
+@pytest.mark.parametrize("completion", [1, 2, 3, 14])
+def test_the_probe_has_of_everything_that_packing_does(prompt: int, completion: int) -> None:
+    ids = list(range(prompt + completion))
+    sequences = probe(ids[:prompt], ids[prompt:])
+    rows = pack(sequences)
+    assert max(len(p) + len(c) for p, c in sequences) == prompt + completion
+    if completion > 1:
+        assert max(len(segment.completions) for row in rows for segment in row) == 2
+    if prompt > 2 and completion > 1:
+        assert [len(row) for row in rows] == [1, 2]
 
 
 def test_sums_come_in_the_order_given_and_a_repeated_sequence_counts_each_time(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from golden_run import golden, observed, replay, write_config
 from nodes import until
+from ray_nodes import slowed
 from slurm_cluster import Cluster, cluster
 from test_offline import write_config as write_offline
 from test_offline import write_pairs
@@ -50,13 +51,13 @@ def test_a_run_on_ray_over_two_nodes_queues_again_once_and_ends_with_the_golden_
     job = job_in(told, r"^job (\d+): ")
     log = tmp_path / f"runs/tiny-{job}.out"
     first = run / "rounds/0001/trainer/checkpoints/000001"
-    until(lambda: ended(slurm, job) or first.is_dir(), DEADLINE, f"{first} is there")
-    assert first.is_dir(), log.read_text()
-    slurm.run("scancel", "--signal=USR1", "--batch", str(job))
-    token = secret_of(job)
-    assert not [line for line in command_lines() if token in line]
-
-    until(lambda: slurm.show(job)["JobState"] == "PENDING", 120, "the job is queued again")
+    with slowed("LearnerActor", run / "rounds/0001/reference_logps.parquet"):
+        until(lambda: ended(slurm, job) or first.is_dir(), DEADLINE, f"{first} is there")
+        assert first.is_dir(), log.read_text()
+        slurm.run("scancel", "--signal=USR1", "--batch", str(job))
+        token = secret_of(job)
+        assert not [line for line in command_lines() if token in line]
+        until(lambda: slurm.show(job)["JobState"] == "PENDING", 120, "the job is queued again")
     assert slurm.show(job)["Restarts"] == "1"
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "interrupted", log.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import time
@@ -18,7 +19,7 @@ from golden_run import ROOT, finish, golden, observed, replay, start, wait_for, 
 from test_reward_model_judge import save_reward_model
 
 from launch.placement import launched
-from launch.ranks import Lead, Met, join
+from launch.ranks import Lead, Met, join, sendable
 from launch.shared_judges import SharedRewardEngine
 from launch.spmd import Leading, train, with_launchers_zero
 from rlhf.config import RunConfig
@@ -255,6 +256,23 @@ def test_spmd_without_a_launcher_says_how_to_start_it(monkeypatch: pytest.Monkey
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match=r"RANK is not set: accelerate launch .*torchrun"):
         join("cpu")
+
+
+class TwoPartError(Exception):
+    """Python can't make it again from its words alone."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+def test_whatever_a_rank_raises_reaches_rank_0() -> None:
+    plain = ValueError("as it was")
+    assert sendable(plain) is plain
+    unsendable = ValueError("said it")
+    unsendable.held = lambda: None  # type: ignore[attr-defined]
+    for error in (TwoPartError("said", "it"), unsendable):
+        sent = pickle.loads(pickle.dumps(sendable(error)))
+        assert "said it" in str(sent) and type(error).__name__ in str(sent)
 
 
 class TwoRanks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer
 from launch.cluster import parse
 from launch.layout import ENGINE_SHARE, Layout, options
 from launch.placement import Plan
+from launch.ranks import RankLostError
 from launch.ray_run import _seated
 from launch.roles import Cards, Roles
 from rlhf.config import RunConfig
@@ -131,6 +133,78 @@ def test_an_actor_whose_engine_lost_a_worker_counts_as_dead(cluster: Any, tmp_pa
             actor = seat.make(GeneratorActor, BrokenRoles(broken), 64, seat)
             with pytest.raises(expected):
                 answered(actor.call.remote("fail"))
+            cluster.kill(actor)
+
+
+def test_a_generator_that_dies_each_time_ends_the_run_clearly(cluster: Any, tmp_path: Path) -> None:
+    from launch.actors import TRIES, ActorLostError
+    from launch.generator_actors import Generators
+
+    said: list[str] = []
+    roles: Any = BrokenRoles(True)
+    with _seated(layout(run_config(tmp_path, tmp_path, "vllm"), False)) as seats:
+        generators = Generators(seats, roles, 64, said.append)
+        with pytest.raises(ActorLostError, match=f"generator 0 died {TRIES + 1} times"):
+            generators._ask(0, "fail")
+        generators.close()
+    assert [line for line in said if "made anew" in line] == [
+        f"generator 0 died and is made anew ({again} of {TRIES})" for again in range(1, TRIES + 1)
+    ]
+
+
+class Worker:
+    """An actor that ends a call in one way or another."""
+
+    def answer(self) -> int:
+        return 7
+
+    def hang(self) -> None:
+        time.sleep(600)
+
+    def refuse(self) -> None:
+        raise ValueError("as asked")
+
+    def lose(self) -> None:
+        raise RankLostError("another rank ended")
+
+    def die(self) -> None:
+        os._exit(1)
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        # Who waits for the dead waits for good, and for who failed perhaps.
+        (["hang", "die"], "LOST"),
+        (["hang", "refuse"], "as asked"),
+        (["lose", "refuse"], "as asked"),
+        (["lose", "answer"], "another rank ended"),
+        (["answer", "hang"], "did not end within 5 s, though none of them died"),
+        (["answer", "answer"], None),
+    ],
+)
+def test_calls_that_wait_for_each_other_end_with_the_cause(
+    cluster: Any, calls: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch import actors
+
+    monkeypatch.setattr(actors, "GRACE_S", 5.0)
+    made = [cluster.remote(Worker).options(num_cpus=0).remote() for _ in calls]
+    cluster.get([actor.answer.remote() for actor in made])
+    asked = [getattr(actor, call).remote() for actor, call in zip(made, calls, strict=True)]
+    began = time.monotonic()
+    try:
+        if expected is None:
+            assert actors.all_of(asked, within=300) == [7, 7]
+        elif expected == "LOST":
+            with pytest.raises(actors.LOST):
+                actors.all_of(asked)
+        else:
+            with pytest.raises(Exception, match=expected):
+                actors.all_of(asked, within=5)
+        assert time.monotonic() - began < 120
+    finally:
+        for actor in made:
             cluster.kill(actor)
 
 

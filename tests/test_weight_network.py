@@ -211,7 +211,7 @@ class Asked:
 def test_every_worker_of_every_generator_has_a_rank_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(weight_network, "_in_time", lambda references, version: references)
+    monkeypatch.setattr(weight_network, "all_of", lambda references, within: references)
     both: Any = Asked([2, 1, 3])
     sent, said = weight_network.transfer(both, both, 4, Path())
     assert (sent, len(said)) == ("digest", 3)
@@ -313,6 +313,7 @@ def cluster() -> Iterator[Any]:
 def test_split_weights_reach_every_generator_though_one_dies_on_the_way(
     cluster: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from launch.actors import all_of
     from launch.generator_actors import Generators
     from launch.learner_actors import Learners
 
@@ -344,16 +345,14 @@ def test_split_weights_reach_every_generator_though_one_dies_on_the_way(
             ranks = {actor.pid for actor in actors("LearnerActor")}
             assert len(first) == len(ranks) == 2 and not said
 
-            in_time = weight_network._in_time
-
-            def kill_first(references: Any, version: int) -> Any:
+            def kill_first(references: Any, within: float) -> Any:
                 # It has been asked and can't have answered: it was stopped before.
                 doomed.send_signal(signal.SIGKILL)
-                return in_time(references, version)
+                return all_of(references, within)
 
             doomed = actors("GeneratorActor")[0]
             doomed.send_signal(signal.SIGSTOP)
-            monkeypatch.setattr(weight_network, "_in_time", kill_first)
+            monkeypatch.setattr(weight_network, "all_of", kill_first)
             serving.at(2, moved(start, tmp_path / "version-2", 2))
             assert len(said) == 1 and "version 2 was lost on its way" in said[0]
             second = {actor.pid for actor in actors("GeneratorActor")}
