@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from golden_run import environment
+from nodes import one_cluster
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -30,7 +31,8 @@ from rlhf.model_files import prompt_encoder
 from rlhf.protocols import Loaded, Published, Sampling
 from rollout.weight_sync import weights_sha256
 
-pytestmark = pytest.mark.engine
+# Another file's cluster may have to end first.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
 WIDTH = 2
 
@@ -39,7 +41,7 @@ WIDTH = 2
 def cluster() -> Iterator[Any]:
     import ray
 
-    with pytest.MonkeyPatch.context() as patch:
+    with one_cluster(), pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
             patch.setenv(name, value)
         sizes: dict[str, Any] = {"num_cpus": 8, "num_gpus": 3, "object_store_memory": 100 * 2**20}
