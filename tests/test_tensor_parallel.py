@@ -114,6 +114,8 @@ def test_an_engine_sees_the_gpus_of_its_places_and_no_other(
 class BrokenRoles:
     """Makes a generator that raises, its engine having lost a worker or not."""
 
+    plan = Plan("cpu", "vllm", "merged")
+
     def __init__(self, broken: bool) -> None:
         self.broken = broken
 
