@@ -18,7 +18,7 @@ from launch.actors import LOST, TRIES, ActorLostError, Seat, Seats, answered, st
 from launch.quiet import hush, hush_transformers
 from launch.roles import Say
 from rlhf.config_judges import LlmSpec, RewardModelSpec
-from rollout.judges.backends import Answer, Backend, Call, Keep
+from rollout.judges.backends import Answer, Backend, Call, Keep, keep_all
 from rollout.judges.panel import InProcess
 from rollout.judges.reward_engines import Checkpoint, RewardEngine, Rows
 
@@ -146,9 +146,7 @@ class RemoteBackend:
     def ask(self, calls: Sequence[Call], keep: Keep | None = None) -> list[Answer]:
         """See `Backend.ask`."""
         answers: list[Answer] = self._held.call("ask", list(calls)) if calls else []
-        if keep is not None:
-            for index, answer in enumerate(answers):
-                keep(index, answer)
+        keep_all(answers, keep)
         return answers
 
     def news(self) -> None:

@@ -185,6 +185,7 @@ def _alone(target: Any, method: str, arguments: tuple[Any, ...] | None) -> Any:
 def sendable(error: Exception) -> Exception:
     """The error, or its words where it can't be sent to another process and be made again there."""
     try:
+        # As the other process will; nothing but what was just written here is read.
         again = pickle.loads(pickle.dumps(error))
     except Exception:
         again = None

@@ -15,7 +15,7 @@ from typing import Any
 from launch.ranks import Lead
 from rlhf.config_judges import LlmSpec, RewardModelSpec
 from rlhf.errors import InputError
-from rollout.judges.backends import Answer, Call, Keep
+from rollout.judges.backends import Answer, Call, Keep, keep_all
 from rollout.judges.backends.vllm import VllmBackend
 from rollout.judges.panel import InProcess
 from rollout.judges.reward_engines import Checkpoint, RewardEngine, Rows
@@ -103,9 +103,7 @@ class SharedBackend:
                 self._own.ready()
             self._shared = True
         answers = _dealt(self._lead, self._of[1], self._own, "ask", calls)
-        if keep is not None:
-            for index, answer in enumerate(answers):
-                keep(index, answer)
+        keep_all(answers, keep)
         return answers
 
     def news(self) -> None:

@@ -7,8 +7,9 @@ import pickle
 import signal
 import subprocess
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import polars as pl
 import psutil
@@ -20,11 +21,11 @@ from test_reward_model_judge import save_reward_model
 
 from launch.placement import launched
 from launch.ranks import Lead, Met, join, sendable
-from launch.shared_judges import SharedRewardEngine
+from launch.shared_judges import SharedBackend, SharedRewardEngine
 from launch.spmd import Leading, train, with_launchers_zero
 from rlhf.config import RunConfig
 from rlhf.config_io import load
-from rlhf.config_judges import RewardModelSpec
+from rlhf.config_judges import LlmSpec, RewardModelSpec
 from rlhf.errors import InputError
 from rlhf.files import read_json
 from rlhf.group import Group
@@ -283,6 +284,11 @@ class TwoRanks:
     def __init__(self) -> None:
         self.heard = False
         self.calls: list[tuple[str, str, list[Any]]] = []
+        self.begun: list[tuple[Any, ...]] = []
+
+    def together(self, *call: Any) -> AbstractContextManager[None]:
+        self.begun.append(call)
+        return nullcontext()
 
     def each(self, target: str, own: Any, method: str, arguments: list[Any]) -> list[Any]:
         self.calls.append((target, method, [a and a[0] for a in arguments]))
@@ -326,6 +332,35 @@ def test_what_judges_are_asked_is_dealt_to_all_ranks_that_listen_and_comes_back_
         ("judges.panel[1]", "raw", [None, rows[:1]]),
         ("judges.panel[1]", "sleep", [(), ()]),
     ]
+
+
+class Repeating:
+    """A language model of one's own that says a call's name."""
+
+    identity: ClassVar[dict[str, str]] = {"model": "org/m"}
+
+    def __init__(self) -> None:
+        self.starts = 0
+
+    def ready(self) -> None:
+        self.starts += 1
+
+    def ask(self, calls: Any) -> list[str]:
+        return [f"to {call}" for call in calls]
+
+
+def test_what_a_language_model_is_asked_is_dealt_too_once_all_have_started() -> None:
+    lead: Any = TwoRanks()
+    own: Any = Repeating()
+    spec = LlmSpec(kind="llm", name="reader", dimensions=["style"], model="org/m")
+    backend = SharedBackend(own, spec, "judges.panel[0]", lead)
+    kept: list[tuple[int, Any]] = []
+    for _ in range(2):
+        calls: Any = ["a", "b", "c"]
+        assert backend.ask(calls, lambda index, answer: kept.append((index, answer)))
+    assert own.starts == 1 and lead.begun == [("judges", "language", spec, "judges.panel[0]")]
+    assert kept == [(0, "to a"), (1, "to b"), (2, "to c")] * 2
+    assert lead.calls == [("judges.panel[0]", "ask", [["a"], ["b", "c"]])] * 2
 
 
 def test_a_reward_models_vllm_engine_is_refused_where_it_would_wait_for_ranks() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,7 +164,7 @@ class Worker:
         return 7
 
     def hang(self) -> None:
-        time.sleep(600)
+        threading.Event().wait()
 
     def refuse(self) -> None:
         raise ValueError("as asked")

@@ -157,13 +157,13 @@ def test_the_network_is_refused_where_engines_have_no_place_of_their_own(
 
 
 WAITING = """
-import multiprocessing, os, time
+import multiprocessing, os, signal
 from rollout.vllm_compat import end_with_parent
 
 def wait():
     end_with_parent()
     print(os.getpid(), flush=True)
-    time.sleep(600)
+    signal.pause()
 
 if __name__ == "__main__":
     child = multiprocessing.get_context("spawn").Process(target=wait)

@@ -71,6 +71,13 @@ Keep = Callable[[int, Answer], None]
 """Told of each answer as it comes, with its call's index, so that an interruption loses none."""
 
 
+def keep_all(answers: Sequence[Answer], keep: Keep | None) -> None:
+    """Hand answers that came together to whoever keeps them one by one."""
+    if keep is not None:
+        for index, answer in enumerate(answers):
+            keep(index, answer)
+
+
 class Backend(Protocol):
     """Answers calls in order. One call's failure is an `Answer`, never an exception."""
 

@@ -14,7 +14,7 @@ from rlhf.errors import InputError
 from rlhf.types import Message
 from rollout.concurrency import Concurrency
 from rollout.imports import resolve_path
-from rollout.judges.backends import Answer, Call, Keep, Token
+from rollout.judges.backends import Answer, Call, Keep, Token, keep_all
 from rollout.vllm_engine import InProcessEngine, require_vllm
 
 _REASON_CHARACTERS = 400
@@ -68,10 +68,9 @@ class VllmBackend:
                 fitting.append((index, call, ids))
         for (index, _, _), answer in zip(fitting, self._generate(fitting), strict=True):
             answers[index] = answer
-        if keep is not None:
-            for index, answer in sorted(answers.items()):
-                keep(index, answer)
-        return [answers[index] for index in range(len(calls))]
+        found = [answers[index] for index in range(len(calls))]
+        keep_all(found, keep)
+        return found
 
     def news(self) -> None:
         """See `Backend.news`: an engine of one's own costs nothing and answers for itself."""
