@@ -9,6 +9,7 @@ import subprocess
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import polars as pl
@@ -20,7 +21,7 @@ from golden_run import ROOT, finish, golden, observed, replay, start, wait_for, 
 from test_reward_model_judge import save_reward_model
 
 from launch.placement import launched
-from launch.ranks import Lead, Met, join, sendable
+from launch.ranks import Lead, Met, _alone, join, sendable
 from launch.shared_judges import SharedBackend, SharedRewardEngine
 from launch.spmd import Leading, train, with_launchers_zero
 from rlhf.config import RunConfig
@@ -272,7 +273,12 @@ def test_whatever_a_rank_raises_reaches_rank_0() -> None:
     unsendable = ValueError("said it")
     unsendable.held = lambda: None  # type: ignore[attr-defined]
     for error in (TwoPartError("said", "it"), unsendable):
-        sent = pickle.loads(pickle.dumps(sendable(error)))
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        answer = _alone(SimpleNamespace(fail=fail), "fail", ())
+        sent = pickle.loads(pickle.dumps(answer)).error
         assert "said it" in str(sent) and type(error).__name__ in str(sent)
 
 
