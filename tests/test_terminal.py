@@ -184,7 +184,9 @@ def test_a_live_display_shows_the_run_and_nothing_tears_it(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     steps = {"learning_rate": 0.003, "batch_pairs": 1, "epochs": 8}
-    config = config_with(tmp_path, tiny_model, seconds=0.01, learner=steps)
+    # Every stage outlasts several looks, or the display never shows it: completions by being long.
+    drawn = {"max_new_tokens": 100}
+    config = config_with(tmp_path, tiny_model, seconds=0.01, learner=steps, rollout=drawn)
     with Session(["-m", "launch", "train", str(config)], ROOT) as session:
         seen = list(session.frames())
     assert session.status == 0, session.screen.text
