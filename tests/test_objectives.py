@@ -18,10 +18,12 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rlhf import objectives
+from rlhf import head, objectives
+from rlhf.attention import Masking, masking
 from rlhf.config_objective import OBJECTIVES, Objective
 from rlhf.examples import mismatch
-from rlhf.logprobs import collate, sequence_logps, token_logps
+from rlhf.head import Tail, find_tail
+from rlhf.logprobs import Ways, collate, collate_shared, sequence_logps, token_logps
 from rlhf.objectives import (
     LabelLogps,
     PairLogps,
@@ -398,12 +400,33 @@ def lengths(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
     return (torch.tensor([len(c) for _, c, _ in pairs]), torch.tensor([len(r) for *_, r in pairs]))
 
 
-def ours_on_pairs(model: Any, reference: Any, pairs: list[Pair], objective: Objective) -> Tensor:
-    sequences = [(p, c) for p, c, _ in pairs] + [(p, r) for p, _, r in pairs]
+def sums(model: Any, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
+    """As the learner takes them: prompts shared, rows packed, the head five tokens at a time."""
+    batch = collate_shared(sequences, model.config.pad_token_id, "cpu")
+    ways = Ways(masking(model), find_tail(model, "cpu"))  # type: ignore[arg-type]
+    assert isinstance(ways.masking, Masking) and isinstance(ways.tail, Tail)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "CHUNK_BYTES", 5 * 4 * model.config.vocab_size)
+        return sequence_logps(token_logps(model, batch, ways=ways), batch)
+
+
+def plain_sums(model: Any, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
+    """From padded rows and whole logits."""
     batch = collate(sequences, model.config.pad_token_id, "cpu")
-    policy_2B = sequence_logps(token_logps(model, batch), batch)
+    return sequence_logps(token_logps(model, batch), batch)
+
+
+def ours_on_pairs(
+    model: Any,
+    reference: Any,
+    pairs: list[Pair],
+    objective: Objective,
+    sums: Callable[[Any, list[tuple[list[int], list[int]]]], Tensor] = sums,
+) -> Tensor:
+    sequences = [(p, c) for p, c, _ in pairs] + [(p, r) for p, _, r in pairs]
+    policy_2B = sums(model, sequences)
     with torch.no_grad():
-        reference_2B = sequence_logps(token_logps(reference, batch), batch)
+        reference_2B = sums(reference, sequences)
     size = len(pairs)
     (c, r), (ref_c, ref_r) = policy_2B.split(size), reference_2B.split(size)
     logps = PairLogps(c, r, ref_c, ref_r, *lengths(pairs))
@@ -484,7 +507,8 @@ def test_loss_and_gradients_equal_trl_element_by_element_in_float64(
     monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", Float64Head)
     model, reference = a_model_and_a_perturbed_copy(tiny_model, torch.float64)
     pairs = ragged_pairs(end=model.config.eos_token_id)
-    ours = ours_on_pairs(model, reference, pairs, settings("dpo", beta=BETA))
+    # Norms are fp32 inside even here, and a shared prompt's gradient passes through them once.
+    ours = ours_on_pairs(model, reference, pairs, settings("dpo", beta=BETA), plain_sums)
     our_gradients = gradients(model, ours)
     trainer = trl_trainer("dpo", tiny_model, tmp_path, (model, reference), beta=BETA)
     theirs = trainer.compute_loss(trainer.model, pairs_for(trainer, pairs))
@@ -537,10 +561,6 @@ def test_kto_equals_trl_where_a_step_is_one_micro_batch(tiny_model: Path, tmp_pa
         ]
     )
 
-    def sums(model: Any, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
-        batch = collate(sequences, reference.config.pad_token_id, "cpu")
-        return sequence_logps(token_logps(model, batch), batch)
-
     own = [(p, c) for p, c, _ in rows]
     put = [(p, rows[j][1]) for (p, _, _), j in zip(rows, others, strict=True)]
     with torch.no_grad():
@@ -568,15 +588,14 @@ def test_orpo_equals_trl_but_for_the_prompt_in_its_nll(tiny_model: Path, tmp_pat
     inputs = trainer.data_collator(rows)
     sequences = [(p, c) for p, c, _ in pairs] + [(p, r) for p, _, r in pairs]
     whole = [(p[:1], [*p[1:], *c]) for p, c, _ in pairs]
-    batches = [collate(s, model.config.pad_token_id, "cpu") for s in (sequences, whole)]
-    sums_2B, nll_N = (token_logps(model, batch) for batch in batches)
-    sums_2B = sequence_logps(sums_2B, batches[0])
-    chosen_B, rejected_B = sums_2B.chunk(2)
+    chosen_B, rejected_B = sums(model, sequences).chunk(2)
+    # Of every token but the first, the prompt's too.
+    mean_nll = -sums(model, whole).sum() / sum(len(tokens) for _, tokens in whole)
     logps = PairLogps(chosen_B, rejected_B, None, None, *lengths(pairs))
     objective = settings("orpo", beta=BETA)
     step = StepLoss(objective, len(pairs), sum(len(c) for _, c, _ in pairs))
     own, nll = step.parts(logps)
     assert step.total(logps).item() == pytest.approx((own + nll).item())
-    assert abs(nll.item() + nll_N.mean().item()) > 1e-2, "the prompt's share of TRL's NLL"
+    assert abs(nll.item() - mean_nll.item()) > 1e-2, "the prompt's share of TRL's NLL"
     model.eval()
-    assert_equal(model, own - nll_N.mean(), lambda: trainer.compute_loss(trainer.model, inputs))
+    assert_equal(model, own + mean_nll, lambda: trainer.compute_loss(trainer.model, inputs))
