@@ -184,6 +184,7 @@ def run(case: Case) -> Measured:
     from rlhf.learner import Learner
     from rlhf.model_files import materialise
     from rlhf.policy import Policy
+    from rlhf.round_data import RoundData
     from rollout.imports import resolve_path
 
     if case.tuning == "qlora":
@@ -195,7 +196,10 @@ def run(case: Case) -> Measured:
     empty = _status("VmRSS")
     learner = Learner(Policy(config.model, path, "cpu", seed=0), config)
     pairs = _pairs(case)
-    reference = learner.reference_logps(pairs, 1)
+    data = RoundData(pairs, config, 1)
+    with tempfile.TemporaryDirectory() as state:
+        sums = learner.reference_logps(data.unscored(), Path(state), lambda: None)
+    reference = data.scored(sums)
     # What loading and scoring freed goes back, and the peak is counted anew.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     _unmap_unused()

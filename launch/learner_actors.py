@@ -18,6 +18,7 @@ from launch.actors import LOST, TRIES, ActorLostError, Seats, all_of, answered, 
 from launch.quiet import hush, hush_transformers
 from launch.roles import Roles, Say
 from rlhf.errors import Interrupted
+from rlhf.packing import TokenPair
 from rlhf.protocols import OnStep
 from rlhf.types import Completion, Trained
 
@@ -114,16 +115,25 @@ class LearnerActor:
             if steps is not None:
                 steps.put((step, values))
 
-        def check() -> None:
-            if self._asked is not None:
-                raise Interrupted(self._asked)
+        with leaving_together():
+            return self._learner.train(table, reference, round_index, state, on_step, self._check)
+
+    def reference_logps(self, sequences: Sequence[TokenPair], state: Path) -> list[float]:
+        """See `Learner.reference_logps`."""
+        from launch.ranks import leaving_together
 
         with leaving_together():
-            return self._learner.train(table, reference, round_index, state, on_step, check)
+            found = self._learner.reference_logps(sequences, state, self._check)
+        return found if self._rank == 0 else []
 
     def stop(self, reason: str) -> None:
-        """Ask a training to stop after its step; heard while it runs."""
+        """Ask a training to stop after its step, or a reference's pass after its micro-batch; heard
+        while it runs."""
         self._asked = reason
+
+    def _check(self) -> None:
+        if self._asked is not None:
+            raise Interrupted(self._asked)
 
 
 class Learners:
@@ -170,17 +180,19 @@ class Learners:
         found: list[list[float]] = self._together(lambda: self._call("logps", completions, initial))
         return found
 
-    def reference_logps(self, table: pl.DataFrame, round_index: int) -> pl.DataFrame:
-        """See `Learner.reference_logps`."""
-        found: pl.DataFrame = self._together(
-            lambda: self._call("reference_logps", table, round_index)
-        )
-        return found
+    def reference_logps(
+        self, sequences: Sequence[TokenPair], state: Path, check: Callable[[], None]
+    ) -> list[float]:
+        """See `Learner.reference_logps`; a signal that the driver hears stops all ranks."""
 
-    def plan(self, table: pl.DataFrame) -> int:
-        """See `Learner.plan`."""
-        steps: int = self._together(lambda: self._call("plan", table))
-        return steps
+        def ask() -> Any:
+            # Once for all ranks of a node.
+            given = ray.put(sequences)
+            calls = [rank.reference_logps.remote(given, state) for rank in self._ranks]
+            return self._watched(calls, check, lambda: None)
+
+        found: list[float] = self._together(ask)
+        return found
 
     def train(
         self,
@@ -205,24 +217,11 @@ class Learners:
                     on_step(step, values)
 
         def train() -> Trained:
-            asked = False
-            pending = [
+            calls = [
                 rank.train.remote(table, reference, round_index, state, None if at else steps)
                 for at, rank in enumerate(self._ranks)
             ]
-            given, running = list(pending), True
-            while running:
-                ready, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
-                running = bool(pending) and not any(map(failed, ready))
-                tell()
-                if not asked and (reason := _reason(check)) is not None:
-                    asked = True
-                    for rank in self._ranks:
-                        rank.stop.remote(reason)
-            try:
-                done: Trained = all_of(given)[0]
-            finally:
-                tell()
+            done: Trained = self._watched(calls, check, tell)
             return done
 
         try:
@@ -260,6 +259,25 @@ class Learners:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return all_of([rank.call.remote(method, *arguments) for rank in self._ranks])[0]
+
+    def _watched(
+        self, calls: Sequence[Any], check: Callable[[], None], tell: Callable[[], None]
+    ) -> Any:
+        """What the first rank's call gives, with `tell` now and then until all end; where `check`
+        raises Interrupted, ranks are asked to stop."""
+        asked, pending, running = False, list(calls), True
+        while running:
+            ready, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
+            running = bool(pending) and not any(map(failed, ready))
+            tell()
+            if not asked and (reason := _reason(check)) is not None:
+                asked = True
+                for rank in self._ranks:
+                    rank.stop.remote(reason)
+        try:
+            return all_of(calls)[0]
+        finally:
+            tell()
 
     def _together(
         self, ask: Callable[[], Any], dead: bool = False, hear: Say = lambda _: None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.ranks import Lead
 from rlhf.interrupts import Interrupts
+from rlhf.packing import TokenPair
 from rlhf.protocols import Generator, Job, Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
 from rollout.weight_sync import word_of_all
@@ -60,14 +61,12 @@ class SharedLearner:
         with self._together("logps", completions, initial):
             return self._own.logps(completions, initial)
 
-    def reference_logps(self, table: pl.DataFrame, round_index: int) -> pl.DataFrame:
-        """See `Learner.reference_logps`."""
-        with self._together("reference_logps", table, round_index):
-            return self._own.reference_logps(table, round_index)
-
-    def plan(self, table: pl.DataFrame) -> int:
-        """See `Learner.plan`."""
-        return self._own.plan(table)
+    def reference_logps(
+        self, sequences: Sequence[TokenPair], state: Path, check: Any
+    ) -> list[float]:
+        """See `Learner.reference_logps`; a stop that one rank hears of stops all together."""
+        with self._together("reference_logps", sequences, state):
+            return self._own.reference_logps(sequences, state, check)
 
     def train(
         self,
@@ -95,6 +94,10 @@ class FollowingLearner:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
+
+    def reference_logps(self, sequences: Sequence[TokenPair], state: Path) -> None:
+        """See `Learner.reference_logps`."""
+        self._own.reference_logps(sequences, state, self._interrupts.check)
 
     def train(
         self,

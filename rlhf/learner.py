@@ -26,23 +26,16 @@ from torch import Tensor
 from rlhf.checkpoint import Checkpoints, Progress, load_trained, save_trained
 from rlhf.config_offline import Trains
 from rlhf.errors import NonFiniteError
-from rlhf.examples import (
-    Example,
-    Order,
-    Step,
-    at_reference,
-    data_of,
-    logps_of,
-    sequences,
-    split_by_cluster,
-)
+from rlhf.examples import Example, Step, at_reference, logps_of, sequences
 from rlhf.group import Group
+from rlhf.kept import Kept
 from rlhf.logprobs import Batch, sequence_logps, split_rows
 from rlhf.objectives import Logps, kl_baseline, metrics
 from rlhf.optimizer import check_optimizer, learning_rate
-from rlhf.packing import TokenPair
+from rlhf.packing import MicroBatch, TokenPair, distinct
 from rlhf.policy import Policy
 from rlhf.protocols import OnStep
+from rlhf.round_data import RoundData
 from rlhf.scoring import Scorer
 from rlhf.sharding import Replicated, Sharding
 from rlhf.types import Completion, Trained
@@ -104,33 +97,35 @@ class Learner:
         kind = "initial" if initial else "round_start"
         return self._score(sequences, kind, split_rows)
 
-    def reference_logps(self, table: pl.DataFrame, round_index: int) -> pl.DataFrame:
-        """Sequence log-probs under the reference that a round on `table` needs (schema
-        `PAIR_REFERENCE` or `LABEL_REFERENCE` of `rlhf.examples`).
+    def reference_logps(
+        self, sequences: Sequence[TokenPair], state: Path, check: Callable[[], None]
+    ) -> list[float]:
+        """Sum of each answer's log-probs (nats) under the reference.
 
-        Computed once a round before training, so that no second model is resident during it.
+        `state` keeps what is done where `check` raises Interrupted, on one rank or all, or the
+        process dies: called again, it goes on from there.
         """
-        tables = []
-        for part, order in self._parts(table, round_index):
-            data = data_of(part, self.config.objective)
-            sums = self._sums(data.unscored(order), self.config.reference)
-            tables.append(data.scored(order, sums))
-        return pl.concat(tables)
+        once, places = distinct(sequences)
+        kept = Kept(state, once, self.group, check)
+
+        def take(micro: MicroBatch, tokens_N: Tensor, batch: Batch) -> None:
+            sums_S = sequence_logps(tokens_N, batch).double().tolist()
+            kept.add(*((micro.examples, sums_S) if micro.weight else ((), ())))
+
+        self._pass(once, self.config.reference, take, kept.has)
+        found = kept.all()
+        return [found[place] for place in places]
 
     def answer_logps(self, sequences: Sequence[TokenPair]) -> list[float]:
         """Sum of each answer's log-probs (nats) under the policy as it stands, without gradient."""
         return self._sums(sequences, "round_start")
 
     def _sums(self, sequences: Sequence[TokenPair], kind: str) -> list[float]:
-        # An answer may be in several pairs.
-        numbers: dict[TokenPair, int] = {}
-        chosen = [numbers.setdefault(s, len(numbers)) for s in sequences]
+        once, places = distinct(sequences)
         found: list[float] = self._score(
-            list(numbers),
-            kind,
-            lambda tokens_N, batch: sequence_logps(tokens_N, batch).double().tolist(),
+            once, kind, lambda tokens_N, batch: sequence_logps(tokens_N, batch).double().tolist()
         )
-        return [found[number] for number in chosen]
+        return [found[place] for place in places]
 
     def _score(
         self,
@@ -139,21 +134,38 @@ class Learner:
         read: Callable[[Tensor, Batch], list[T]],
     ) -> list[T]:
         """What `read` makes of the token log-probs of each sequence, over all ranks."""
+        planned, found = [], []
+
+        def take(micro: MicroBatch, tokens_N: Tensor, batch: Batch) -> None:
+            planned.append(micro.examples)
+            found.append(read(tokens_N, batch))
+            if self.group.world == 1:
+                self.check()
+
+        self._pass(sequences, kind, take)
+        return self.group.scattered(planned, found)
+
+    def _pass(
+        self,
+        sequences: Sequence[TokenPair],
+        kind: str,
+        take: Callable[[MicroBatch, Tensor, Batch], None],
+        known: Callable[[Sequence[MicroBatch]], bool] = lambda _: False,
+    ) -> None:
+        """Give `take` each of this rank's micro-batches of sequences with its token log-probs,
+        without gradient; left out where what all ranks have at the same time is `known`."""
         examples = [[sequence] for sequence in sequences]
         self.scorer.prove(examples, self.group)
-        planned, found = [], []
+        plans = self.scorer.plans(examples, self.group)
         with self.policy.reference(kind) as model, torch.no_grad():
             model.eval()
-            for micro in self.scorer.plan(examples, self.group):
-                if self.group.world == 1:
-                    self.check()
-                rows = list(micro.examples)
-                tokens_N, batch = self.scorer.tokens(model, [sequences[i] for i in rows])
-                planned.append(rows)
-                found.append(read(tokens_N, batch))
+            for together in zip(*plans, strict=True):
+                if not known(together):
+                    micro = together[self.group.rank]
+                    given = [sequences[number] for number in micro.examples]
+                    take(micro, *self.scorer.tokens(model, given))
             # A start that was loaded for this pass must not outlive it.
             del model
-        return self.group.scattered(planned, found)
 
     def release(self) -> None:
         """Give back what only training needed: gradients, and device memory that torch caches."""
@@ -162,30 +174,6 @@ class Learner:
         gc.collect()
         if self.policy.device != "cpu":
             torch.cuda.empty_cache()
-
-    def plan(self, table: pl.DataFrame) -> int:
-        """Optimizer steps of a round on `table`, unless it stops early."""
-        training, order = self._parts(table, 0)[0]
-        return len(order.steps(training.height, data_of(training, self.config.objective).least))
-
-    def steps(
-        self, table: pl.DataFrame, reference: pl.DataFrame | None, round_index: int
-    ) -> tuple[list[Step], Step | None]:
-        """A round's optimizer steps, and all that is held out as one step, if anything is."""
-        training, *held = [
-            data_of(part, self.config.objective).steps(order, reference)
-            for part, order in self._parts(table, round_index)
-        ]
-        return training, held[0][0] if held else None
-
-    def _parts(self, table: pl.DataFrame, round_index: int) -> list[tuple[pl.DataFrame, Order]]:
-        """What is trained on, then what is held out of it, if anything; each with its order."""
-        learner, seed = self.settings, self.config.run.seed
-        order = Order(seed, round_index, learner.epochs, learner.batch_pairs)
-        if not learner.validation_share:
-            return [(table, order)]
-        training, held = split_by_cluster(table, learner.validation_share, seed)
-        return [(training, order), (held, Order(seed, round_index, 1, held.height))]
 
     def train(
         self,
@@ -198,13 +186,14 @@ class Learner:
     ) -> Trained:
         """Train the policy in place on a round's pairs or labels, from its current weights.
 
-        `reference` is what `reference_logps` gave, None for an objective without one. `state`
+        `reference` is what `rlhf.round_data` made of `reference_logps`, None for an objective
+        without one. `state`
         keeps the mid-round checkpoint: a checkpoint there is gone on from, and one is written
         every `checkpoint_steps` and when `check` raises `Interrupted`.
         Raises NonFiniteError before any non-finite update (after a few in a row under fp16).
         """
         assert (reference is not None) == self.config.objective.needs.reference
-        steps, held = self.steps(table, reference, round_index)
+        steps, held = RoundData(table, self.config, round_index).steps(reference)
         self.scorer.prove([e.sequences for step in steps for e in step.examples], self.group)
         self.sharding.begin()
         self.sharding.model.train()
@@ -312,8 +301,11 @@ class Learner:
     def _micro_batches(self, step: Step) -> Iterator[tuple[list[Example], float]]:
         """This rank's share of a step, and what each part weighs: 0 where the rank only keeps up
         with the others."""
-        for planned in self.scorer.plan([e.sequences for e in step.examples], self.group):
+        for planned in self._plan([e.sequences for e in step.examples]):
             yield [step.examples[i] for i in planned.examples], planned.weight
+
+    def _plan(self, examples: Sequence[Sequence[TokenPair]]) -> list[MicroBatch]:
+        return self.scorer.plans(examples, self.group)[self.group.rank]
 
     def _logps(self, examples: Sequence[Example], baseline: Tensor) -> Logps:
         """What an objective takes of `examples`; one forward pass."""
@@ -328,7 +320,7 @@ class Learner:
         planned, found = [], []
         self.sharding.model.eval()
         with torch.no_grad():
-            for micro in self.scorer.plan([[sequence] for sequence in given], self.group):
+            for micro in self._plan([[sequence] for sequence in given]):
                 planned.append(micro.examples)
                 found.append(self.sequence_logps([given[i] for i in micro.examples]).tolist())
         self.sharding.model.train()

@@ -28,6 +28,7 @@ from rlhf.learner import Learner
 from rlhf.metrics import Metrics, read_metrics
 from rlhf.pair_formats import Preferences, read_preferences
 from rlhf.protocols import Reporter
+from rlhf.round_data import RoundData, reference_logps
 from rlhf.rounds import RunStore
 from rlhf.tracking import Trackers, tracked_metrics
 
@@ -77,13 +78,13 @@ def run(config: OfflineConfig, store: RunStore, parts: Parts) -> dict[str, Any]:
     table = round.table("examples", lambda: read()[0])
     dropped = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "records")
     parts.reporter.say(f"data: {counts['records']} records of {config.data.path}: {dropped}")
-    reference = None
+    taken, reference = RoundData(table, config, 1), None
     if config.objective.needs.reference:
         parts.reporter.stage("reference log-probs")
-        reference = round.table("reference_logps", lambda: learner.reference_logps(table, 1))
+        reference = reference_logps(round, taken, learner, parts.check)
 
     def start() -> dict[str, float]:
-        _, held = learner.steps(table, reference, 1)
+        _, held = taken.steps(reference)
         assert held is not None, "offline training holds clusters out"
         return learner.measure(held)
 
@@ -145,7 +146,7 @@ def _train(
     reference: pl.DataFrame | None,
 ) -> None:
     round, learner = store.round(1), parts.learner
-    planned, resumed = learner.plan(table), False
+    planned, resumed = RoundData(table, config, 1).planned, False
     each = planned // config.learner.epochs
     # Every step, whatever trackers and metrics.jsonl get, so that stats.json is the same.
     steps = Metrics(round.path / _STEPS)

@@ -64,6 +64,17 @@ class _Open:
         self.examples += item.examples
 
 
+def distinct(sequences: Sequence[TokenPair]) -> tuple[list[TokenPair], list[int]]:
+    """Each sequence once, in order of first appearance, and the place there of each one given.
+
+    >>> distinct([((1,), (2,)), ((1,), (3,)), ([1], [2])])
+    ([((1,), (2,)), ((1,), (3,))], [0, 1, 0])
+    """
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    found = [places.setdefault((tuple(p), tuple(c)), len(places)) for p, c in sequences]
+    return list(places), found
+
+
 def pack(sequences: Sequence[TokenPair]) -> list[list[Segment]]:
     """Rows of segments, none longer than the longest segment: best fit, longest first.
 

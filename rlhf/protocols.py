@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import polars as pl
 
+from rlhf.packing import TokenPair
 from rlhf.types import Completion, Prompt, Score, Trained
 
 
@@ -201,12 +202,10 @@ class Learner(Protocol):
         """Token log-probs (nats) under the policy, or under the run's initial policy."""
         ...
 
-    def reference_logps(self, table: pl.DataFrame, round_index: int) -> pl.DataFrame:
-        """What the objective's reference says of a round's pairs or labels."""
-        ...
-
-    def plan(self, table: pl.DataFrame) -> int:
-        """Optimizer steps of a round on `table`, unless it stops early."""
+    def reference_logps(
+        self, sequences: Sequence[TokenPair], state: Path, check: Callable[[], None]
+    ) -> list[float]:
+        """Sum of each answer's log-probs (nats) under the objective's reference."""
         ...
 
     def train(

@@ -26,7 +26,7 @@ from rlhf.logprobs import (
     sequence_logps,
     token_logps,
 )
-from rlhf.packing import MicroBatch, TokenPair, plan
+from rlhf.packing import MicroBatch, TokenPair, distinct, plan
 from rlhf.policy import Policy
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -62,13 +62,12 @@ class Scorer:
         )
         self._proved = self.ways == PLAIN
 
-    def plan(
+    def plans(
         self, examples: Sequence[Sequence[TokenPair]], group: Group = ALONE
-    ) -> list[MicroBatch]:
-        """This rank's micro-batches of at most `budget` tokens, as many as every other's; an
-        example's sequences have one prompt."""
-        shared = self.ways.masking is not None
-        return plan(examples, self.budget, shared, group.world)[group.rank]
+    ) -> list[list[MicroBatch]]:
+        """Each rank's micro-batches of at most `budget` tokens, equally many; an example's
+        sequences have one prompt."""
+        return plan(examples, self.budget, self.ways.masking is not None, group.world)
 
     def tokens(
         self, model: nn.Module, sequences: Sequence[TokenPair], unwrapped: nn.Module | None = None
@@ -84,11 +83,9 @@ class Scorer:
     ) -> Tensor:
         """Sum of each sequence's token log-probs, shape [S]; a sequence given twice is computed
         once."""
-        numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-        keys = [(tuple(p), tuple(c)) for p, c in sequences]
-        chosen = [numbers.setdefault(key, len(numbers)) for key in keys]
-        tokens_N, batch = self.tokens(model, list(numbers), unwrapped)
-        return sequence_logps(tokens_N, batch)[torch.tensor(chosen, device=tokens_N.device)]
+        once, places = distinct(sequences)
+        tokens_N, batch = self.tokens(model, once, unwrapped)
+        return sequence_logps(tokens_N, batch)[torch.tensor(places, device=tokens_N.device)]
 
     def _plain(self, model: nn.Module, sequence: TokenPair) -> Tensor:
         """Token log-probs of a sequence by itself, from whole logits."""

@@ -19,6 +19,7 @@ from rlhf.gates import LIMITS, decide, judge_gates, limit_gates
 from rlhf.labels import select_labels
 from rlhf.policy_drift import divergence, sampled, spread
 from rlhf.protocols import Sampling
+from rlhf.round_data import RoundData, reference_logps
 from rlhf.rounds import Round
 from rlhf.selection import check_cold_start, cold_start, select_pairs
 from rlhf.stage_base import title, unreachable
@@ -189,13 +190,12 @@ class Stages(WatchStages):
             return
         self.parts.serving.sleep()
         learner.restore(before)
+        taken, check = RoundData(data, self.config, index), self.parts.interrupts.check
         reference = None
         if self.config.objective.needs.reference:
             with self.timed(round, "reference_logps"):
-                reference = round.table(
-                    "reference_logps", lambda: learner.reference_logps(data, index)
-                )
-        planned = learner.plan(data)
+                reference = reference_logps(round, taken, learner, check)
+        planned = taken.planned
         logged = False
 
         def on_step(step: int, values: Mapping[str, float]) -> None:
@@ -215,7 +215,7 @@ class Stages(WatchStages):
                 index,
                 round.scratch("trainer"),
                 on_step,
-                self.parts.interrupts.check,
+                check,
             )
             note.update(asdict(trained))
             learner.save(folder, model_card(self.config, index, data))

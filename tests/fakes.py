@@ -5,18 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import polars as pl
 import torch
 
+from rlhf.learner import Learner
 from rlhf.policy import Policy
 from rlhf.protocols import Loaded, Published
+from rlhf.round_data import RoundData
 from rlhf.types import Completion, Message, Prompt
 from rollout.transformers_generator import TransformersGenerator
 from rollout.weight_sync import weights_sha256
 
 SPLITS = ("train", "gate", "final")
 THINGS = ("parcel", "refund", "invoice", "password", "voucher", "return", "repair", "warranty")
+
+
+def referenced(learner: Learner, table: pl.DataFrame, round_index: int) -> pl.DataFrame:
+    """What the learner's reference says of a round's pairs or labels, in one go."""
+    data = RoundData(table, learner.config, round_index)
+    with TemporaryDirectory() as state:
+        return data.scored(learner.reference_logps(data.unscored(), Path(state), lambda: None))
 
 
 def write_prompts(folder: Path, count: int = 6) -> dict[str, dict[str, str]]:

@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from fakes import referenced
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import VOCABULARY, save_small_model
@@ -32,6 +33,7 @@ from rlhf.logprobs import collate, sequence_logps, token_logps
 from rlhf.optimizer import learning_rate
 from rlhf.packing import TokenPair
 from rlhf.policy import Policy
+from rlhf.round_data import RoundData
 from rlhf.types import Completion, Trained, pairs_schema
 
 END = 2
@@ -145,8 +147,8 @@ def train(
     reference: pl.DataFrame | None = None,
 ) -> tuple[Trained, Log]:
     log = Log(learner)
-    if reference is None:
-        reference = learner.reference_logps(pairs, round_index)
+    if reference is None and learner.config.objective.needs.reference:
+        reference = referenced(learner, pairs, round_index)
     return learner.train(pairs, reference, round_index, state, log, check), log
 
 
@@ -188,7 +190,8 @@ def first_gradients(
 
 def test_a_pass_without_gradients_stops_between_micro_batches(small_model: Path) -> None:
     learner = make_learner(config_for(small_model, learner={"micro_batch_tokens": 50}))
-    table, asked = make_pairs(6), 0
+    sequences = RoundData(make_pairs(6), learner.config, 1).unscored()
+    asked = 0
 
     def check() -> None:
         nonlocal asked
@@ -198,8 +201,8 @@ def test_a_pass_without_gradients_stops_between_micro_batches(small_model: Path)
 
     learner.check = check
     with pytest.raises(Interrupted, match="as asked"):
-        learner.reference_logps(table, 1)
-    assert learner.reference_logps(table, 1).height == table.height and asked > 3
+        learner.answer_logps(sequences)
+    assert len(learner.answer_logps(sequences)) == len(sequences) and asked > 3
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -218,7 +221,7 @@ def test_micro_batches_leave_the_step_as_it_is_in_float64(
         )
         learner.policy.model.double()
         if reference is None:
-            reference = learner.reference_logps(pairs, 1)
+            reference = referenced(learner, pairs, 1)
         found.append(first_gradients(learner, pairs, tmp_path / str(size), reference))
     (whole, loss), *cut = found
     assert whole.dtype is torch.float64 and whole.norm() > 1e-2
@@ -336,7 +339,7 @@ def test_reference_logps_are_those_of_the_reference(small_model: Path, kind: str
     learner = moved(make_learner(config))
     learner.policy.model.train()
     before, pairs = trained(learner), make_pairs(7)
-    table = learner.reference_logps(pairs, 1)
+    table = referenced(learner, pairs, 1)
     assert table.schema == PAIR_REFERENCE
     assert same(trained(learner), before)
     with learner.policy.reference(kind):
@@ -351,7 +354,7 @@ def test_reference_logps_are_joined_by_pair_not_by_row(small_model: Path, tmp_pa
     pairs, weights = make_pairs(8), []
     for shuffled in (False, True):
         learner = moved(make_learner(config_for(small_model)))
-        reference = learner.reference_logps(pairs, 1)
+        reference = referenced(learner, pairs, 1)
         if shuffled:
             reference = reference.sample(fraction=1, shuffle=True, seed=1)
         state = tmp_path / str(shuffled)
@@ -379,7 +382,7 @@ def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
 ) -> None:
     config = config_for(small_model, learner={"epochs": 2, "batch_pairs": 3})
     learner, pairs = make_learner(config), make_pairs(8)
-    reference = learner.reference_logps(pairs, 1)
+    reference = referenced(learner, pairs, 1)
     seen: list[list[tuple[int, ...]]] = []
 
     score = learner.sequence_logps
@@ -391,7 +394,9 @@ def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
 
     learner.sequence_logps = note  # type: ignore[method-assign]
     result, log = train(learner, pairs, tmp_path, reference=reference)
-    assert result.planned_steps == learner.plan(pairs) == 6 and log.steps == [1, 2, 3, 4, 5, 6]
+    assert result.planned_steps == RoundData(
+        pairs, learner.config, 1
+    ).planned == 6 and log.steps == [1, 2, 3, 4, 5, 6]
     assert [len(rows) for rows in seen] == [3, 3, 2, 3, 3, 2]
     epochs = [list(chain(*seen[:3])), list(chain(*seen[3:]))]
     expected = sorted(
@@ -440,7 +445,7 @@ def train_breaking(
     learner: Learner, pairs: pl.DataFrame, state: Path, steps: set[int], what: str
 ) -> tuple[Trained | NonFiniteError, Log]:
     log = Log(learner)
-    reference = learner.reference_logps(pairs, 1)
+    reference = referenced(learner, pairs, 1)
     breaks_at(learner, lambda: len(log.steps), steps, what)
     try:
         return learner.train(pairs, reference, 1, state, log, never), log
@@ -490,7 +495,7 @@ def test_an_fp16_overflow_skips_its_step_and_halves_the_scale(
         if len(log.steps) > 1:
             found.append(scales(tmp_path))
 
-    reference = learner.reference_logps(make_pairs(6), 1)
+    reference = referenced(learner, make_pairs(6), 1)
     breaks_at(learner, lambda: len(log.steps), {1, 3, 5}, what)
     result = learner.train(make_pairs(6), reference, 1, tmp_path, log, check)
     # Three misses, none two in a row.
@@ -524,7 +529,7 @@ def test_a_first_loss_that_is_not_ln_2_stops_before_any_update(
 ) -> None:
     learner, pairs = make_learner(config_for(small_model)), make_pairs(8)
     before = trained(learner)
-    wrong = learner.reference_logps(pairs, 1).with_columns(pl.col("reference_chosen") + 0.5)
+    wrong = referenced(learner, pairs, 1).with_columns(pl.col("reference_chosen") + 0.5)
     with pytest.raises(
         NonFiniteError, match=r"round 1: the first step's dpo loss is 0\.7.*0\.6931"
     ):
@@ -571,7 +576,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     learner, pairs = make_learner(resumable(small_model)), make_pairs(6)
-    reference = learner.reference_logps(pairs, 1)
+    reference = referenced(learner, pairs, 1)
     result, log = train(
         learner, pairs, tmp_path_factory.mktemp("whole"), round_index=3, reference=reference
     )
@@ -797,4 +802,4 @@ def test_planned_steps(small_model: Path, pairs: int, batch: int, epochs: int, s
     config = config_for(small_model, learner={"batch_pairs": batch, "epochs": epochs})
     learner = Learner.__new__(Learner)
     learner.config, learner.settings = config, config.learner
-    assert learner.plan(make_pairs(9).head(pairs)) == steps
+    assert RoundData(make_pairs(9).head(pairs), learner.config, 0).planned == steps

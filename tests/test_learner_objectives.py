@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from fakes import referenced
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import VOCABULARY, save_small_model
@@ -92,7 +93,7 @@ def data_for(objective: dict[str, Any], count: int = 8) -> pl.DataFrame:
 
 def reference_of(learner: Learner, data: pl.DataFrame, round_index: int) -> pl.DataFrame | None:
     needed = learner.config.objective.needs.reference
-    return learner.reference_logps(data, round_index) if needed else None
+    return referenced(learner, data, round_index) if needed else None
 
 
 def run_round(
@@ -139,9 +140,6 @@ def test_micro_batches_leave_every_objectives_step_as_it_is(
         )
         learner.policy.model.double()
         reference = reference_of(learner, data, 2)
-        if settings["name"] == "orpo":
-            # What `first_gradients` would compute, nothing computes for ORPO.
-            learner.reference_logps = lambda *_: None  # type: ignore[assignment, method-assign]
         found.append(first_gradients(learner, data, tmp_path / str(size), reference))
     (whole, loss), *cut = found
     assert whole.norm() > 1e-3
@@ -158,7 +156,7 @@ def test_ktos_baseline_is_the_whole_steps_clamped_mean(small_model: Path, tmp_pa
         learner={"batch_pairs": 4, "micro_batch_tokens": 20, "epochs": 2, "learning_rate": 1e-9},
     )
     learner, labels = moved(make_learner(config), 0.1), make_labels(9)
-    reference = learner.reference_logps(labels, 3)
+    reference = referenced(learner, labels, 3)
     assert reference.schema == LABEL_REFERENCE
     assert (
         not reference.select("prompt_id", "answer_prompt_id", "answer_sample").is_duplicated().any()
@@ -213,7 +211,7 @@ def test_a_first_loss_that_is_not_the_references_stops_before_any_update(
 ) -> None:
     learner = make_learner(config_for(small_model, objective=settings))
     data, before = data_for(settings), trained(learner)
-    wrong = learner.reference_logps(data, 1)
+    wrong = referenced(learner, data, 1)
     column = next(name for name in wrong.columns if name.startswith("reference"))
     wrong = wrong.with_columns(pl.col(column) - 5.0)
     with pytest.raises(NonFiniteError, match=f"first step's {settings['name']} loss is"):
@@ -288,7 +286,7 @@ def test_data_that_an_objective_does_not_fit_is_refused_with_a_way_out(small_mod
     with pytest.raises(
         InputError, match=r"kto trains on labels.*holds pairs.*one of dpo.*--to lab"
     ):
-        learner.reference_logps(make_pairs(4), 1)
+        referenced(learner, make_pairs(4), 1)
     orpo = Objective(name="orpo")
     with pytest.raises(
         InputError, match=r"data/a\.jsonl holds labels; take one of kto, or.*convert"

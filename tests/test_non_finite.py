@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from fakes import referenced
 from small_models import save_small_model
 from test_learner import config_for, make_pairs, never, same
 from test_learner_objectives import make_labels
@@ -113,7 +114,7 @@ def test_what_is_not_finite_never_reaches_the_weights(
     )
     learner = Learner(policy, config)
     data = make_labels(4) if settings["name"] == "kto" else make_pairs(4)
-    reference = learner.reference_logps(data, 1) if config.objective.needs.reference else None
+    reference = referenced(learner, data, 1) if config.objective.needs.reference else None
     start = weights(policy)
     for what, value in BROKEN:
         training = Broken(learner, what, value)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import referenced
 from small_models import save_small_model
 from test_learner import config_for, make_learner, make_pairs, never, same, train, trained
 from torch import nn
@@ -83,7 +84,7 @@ def test_eight_bit_training_resumes_at_every_step_without_a_changed_byte(
 
     whole = make_learner(config)
     train(whole, pairs, tmp_path / "whole")
-    reference = make_learner(config).reference_logps(pairs, 1)
+    reference = referenced(make_learner(config), pairs, 1)
     with pytest.raises(Interrupted):
         train(make_learner(config), pairs, tmp_path / "cut", check=check, reference=reference)
     again = make_learner(config)

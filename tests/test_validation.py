@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from fakes import referenced
 from small_models import save_small_model
 from test_learner import config_for, make_learner, make_pairs, never, same, train, trained
 from test_learner_objectives import make_labels
@@ -17,6 +18,7 @@ from rlhf.config import RunConfig
 from rlhf.errors import InputError, Interrupted
 from rlhf.examples import split_by_cluster
 from rlhf.learner import Learner
+from rlhf.round_data import RoundData
 from rlhf.types import Trained
 
 
@@ -66,10 +68,10 @@ def test_held_out_pairs_never_train_and_the_best_epoch_is_kept(
         seen.append(found)
         weights.append(trained(learner))
 
-    reference = learner.reference_logps(pairs, 1)
+    reference = referenced(learner, pairs, 1)
     assert reference.height == pairs.height
     result = learner.train(pairs, reference, 1, tmp_path, on_step, never)
-    assert result.planned_steps == learner.plan(pairs) == 12 == len(seen)
+    assert result.planned_steps == RoundData(pairs, learner.config, 1).planned == 12 == len(seen)
     losses = {n + 1: m["validation_loss"] for n, m in enumerate(seen) if "validation_loss" in m}
     assert list(losses) == [3, 6, 9, 12]
     assert result.best_step == min(losses, key=lambda n: losses[n]) != 12
@@ -134,7 +136,7 @@ def test_kto_is_validated_with_a_baseline_of_the_held_out_answers(
     learner = make_learner(config)
     labels = clustered(make_labels(16))
     seen: list[dict[str, float]] = []
-    reference = learner.reference_logps(labels, 1)
+    reference = referenced(learner, labels, 1)
     learner.train(labels, reference, 1, tmp_path, lambda _, m: seen.append(m), never)
     assert sum("validation_loss" in m for m in seen) == 4
     assert all("validation_accuracy" in m for m in seen if "validation_loss" in m)
