@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rlhf.config_offline import Trains
     from rlhf.sweep import Point
 
-Template = Literal["spmd", "online_dpo", "sweep"]
+Template = Literal["accelerate", "online_dpo", "sweep"]
 
 _TIME = re.compile(r"\d+(:\d\d?){0,2}|\d+-\d+(:\d\d?){0,2}")
 _LONGEST_NOTICE = 65535
@@ -69,7 +69,7 @@ def script(config: RunConfig, arguments: Sequence[str], job: Job) -> str:
         return fill_in(_text("online_dpo"), directives, variables)
     directives["ntasks-per-node"] = str(job.ranks_per_node)
     variables["python"] = shlex.quote(sys.executable)
-    return fill_in(_text("spmd"), directives, variables)
+    return fill_in(_text("accelerate"), directives, variables)
 
 
 def sweep_script(folder: Path, points: Sequence[Point], arguments: Sequence[str], job: Job) -> str:

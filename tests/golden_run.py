@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import polars as pl
 import yaml
 from conftest import SMOLLM2
@@ -74,15 +75,18 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(config: Path, launcher: list[str]) -> subprocess.Popen[str]:
-    """`pairloop train` on `config`, by way of a launcher's words before `-m launch`."""
+def start(config: Path, launcher: list[str], first: Sequence[Path] = ()) -> subprocess.Popen[str]:
+    """`pairloop train` on `config`, by way of a launcher's words before `-m launch`; modules in
+    folders of `first` come before all others."""
     command = [sys.executable, *launcher, "-m", "launch", "train", str(config)]
+    known = environment()
+    path = os.pathsep.join([*map(str, first), known["PYTHONPATH"]])
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env={**known, "PYTHONPATH": path},
         cwd=ROOT,
     )
 
@@ -125,6 +129,26 @@ def replay(config: Path, name: str) -> Path:
     write_json(run / "config.json", resolved(settings))
     shutil.copytree(GOLDEN / name, run / "rounds/0002/completions")
     return run
+
+
+def run(
+    folder: Path, model: str | Path, name: str, launcher: Sequence[str] = (), zero: int = 0
+) -> dict[str, Any]:
+    """What is `observed` of a whole run."""
+    config = write_config(folder, model, name, placement={"zero": zero} if zero else {})
+    found = replay(config, name)
+    status, output = finish(start(config, list(launcher)))
+    assert status == 0, output
+    assert "done: all 2 rounds ran" in output
+    return observed(found)
+
+
+def assert_same_run(found: dict[str, Any], expected: dict[str, Any], within: float) -> None:
+    """The same pairs, and losses as near."""
+    for index in ("1", "2"):
+        assert found[index]["pairs"] == expected[index]["pairs"]
+        gaps = np.subtract(found[index]["losses"], expected[index]["losses"])
+        assert len(gaps) >= 3 and abs(gaps).max() < within, gaps
 
 
 def golden(name: str) -> dict[str, Any]:

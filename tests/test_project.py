@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tomllib
 import zipfile
@@ -13,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+from conftest import run
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -50,34 +49,6 @@ def pins(name: str) -> dict[str, Version]:
     return found
 
 
-def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
-    builder = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir"]
-    run([*builder, str(folder), str(ROOT)], folder)
-    (built,) = folder.glob("*.whl")
-    return built
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel unpacked as pip does it, and nothing else."""
-    target = tmp_path_factory.mktemp("installed")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    run([*pip, "--target", str(target), str(wheel)], target)
-    return target
-
-
 def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     names = {PurePosixPath(name) for name in zipfile.ZipFile(wheel).namelist()}
     tops = {name.parts[0] for name in names}
@@ -93,7 +64,7 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     for preset in (ROOT / "configs").rglob("*.yaml"):
         assert PurePosixPath("launch/configs", preset.relative_to(ROOT / "configs")) in names
     assert PurePosixPath("launch/configs/demo.yaml") in names
-    assert PurePosixPath("launch/sbatch/spmd.sbatch") in names
+    assert PurePosixPath("launch/sbatch/accelerate.sbatch") in names
     articles = sorted((ROOT / "rollout/support_desk").rglob("*.yaml"))
     templates = sorted(p for p in (ROOT / "rlhf").rglob("*") if p.suffix in TEMPLATES)
     assert articles
@@ -137,7 +108,7 @@ def test_the_wheel_alone_makes_a_slurm_job(installed: Path, tmp_path: Path) -> N
     config = installed / "launch/configs/demo_transformers.yaml"
     submit = [sys.executable, "-P", "-m", "launch", "submit", "slurm", str(config), "--dry-run"]
     text = run(submit, tmp_path, PYTHONPATH=str(installed)).stdout
-    template = (ROOT / "slurm/spmd.sbatch").read_text()
+    template = (ROOT / "slurm/accelerate.sbatch").read_text()
     assert text.splitlines()[-10:] == template.splitlines()[-10:]
     assert f"\narguments=({config})\n" in text
     scripts = {path.name: path.read_text() for path in (ROOT / "slurm").iterdir()}

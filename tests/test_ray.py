@@ -6,10 +6,11 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from golden_run import finish, golden, observed, replay, start, wait_for, write_config
+from golden_run import assert_same_run, finish, observed, replay, start, wait_for, write_config
 from ray.cluster_utils import Cluster
 from ray_nodes import actors, cluster_of
 
@@ -32,13 +33,6 @@ def begin(folder: Path, model: Path, zero: int = 0) -> tuple[subprocess.Popen[st
     return start(config, []), run
 
 
-def assert_golden(run: Path) -> None:
-    found, expected = observed(run), golden("tiny")
-    for index in ("1", "2"):
-        assert found[index]["pairs"] == expected[index]["pairs"]
-        assert found[index]["losses"] == pytest.approx(expected[index]["losses"], abs=1e-4)
-
-
 def kill_when(path: Path, kind: str, process: subprocess.Popen[str]) -> psutil.Process:
     """SIGKILL an actor of a class as soon as `path` is there."""
     wait_for(path, process)
@@ -49,7 +43,7 @@ def kill_when(path: Path, kind: str, process: subprocess.Popen[str]) -> psutil.P
 
 
 def test_actors_on_two_nodes_repeat_the_golden_run_though_one_of_each_kind_dies(
-    cluster: Cluster, tiny_model: Path, tmp_path: Path
+    cluster: Cluster, one_process: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     process, run = begin(tmp_path, tiny_model)
     first = kill_when(run / "rounds/0001/completions/part-00000.parquet", "GeneratorActor", process)
@@ -61,11 +55,11 @@ def test_actors_on_two_nodes_repeat_the_golden_run_though_one_of_each_kind_dies(
     assert "a learner rank died; all are made anew (1 of 3)" in output
     # Both nodes are this machine.
     assert "whole weights travel through shared memory" in output
-    assert_golden(run)
+    assert_same_run(observed(run), one_process, within=1e-5)
 
 
 def test_a_signal_stops_all_ranks_under_zero_3_and_the_same_command_goes_on(
-    cluster: Cluster, tiny_model: Path, tmp_path: Path
+    cluster: Cluster, one_process: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     process, run = begin(tmp_path, tiny_model, zero=3)
     wait_for(run / "rounds/0001/trainer/checkpoints/000001", process)
@@ -74,4 +68,4 @@ def test_a_signal_stops_all_ranks_under_zero_3_and_the_same_command_goes_on(
     assert status == 75, output
     status, output = finish(start(tmp_path / "tiny.yaml", []))
     assert status == 0, output
-    assert_golden(run)
+    assert_same_run(observed(run), one_process, within=1e-5)

@@ -10,10 +10,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from golden_run import environment, golden, observed, replay, write_config
+from golden_run import assert_same_run, environment, golden, observed, replay, write_config
 from nodes import NODES, at, inside, node, one_cluster, search_path, until
 from ray_nodes import slowed
 
@@ -43,12 +44,23 @@ except urllib.error.HTTPError as error:
 """
 
 
+@dataclass(frozen=True)
+class Head:
+    """A node, the token that its cluster asks for, and where the wheel is installed."""
+
+    process: int
+    token: Path
+    installed: Path
+
+
 class User:
     """Whoever is logged in on the head node, and knows its token or does not."""
 
-    def __init__(self, head: int, folder: Path, token: Path | None) -> None:
-        self._at = at(head, folder)
+    def __init__(self, head: Head, folder: Path, token: Path | None) -> None:
+        self._at = at(head.process, folder)
         own = {name: value for name, value in environment().items() if name not in TOKENS}
+        # The wheel alone, and what the config names.
+        own["PYTHONPATH"] = os.pathsep.join([str(head.installed), str(Path(__file__).parent)])
         self._variables = {**own, "PATH": f"{Path(sys.executable).parent}:{search_path()}"}
         if token is not None:
             self._variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
@@ -85,8 +97,8 @@ class User:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
-    """A head node whose network is a loopback, and its token."""
+def head(tmp_path_factory: pytest.TempPathFactory, installed: Path) -> Iterator[Head]:
+    """A head node whose network is a loopback."""
     folder = tmp_path_factory.mktemp("head")
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
@@ -97,8 +109,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]
         size = ["--num-cpus=2", f"--object-store-memory={100 * 2**20}"]
         place = [f"--node-ip-address={HEAD}", "--port=6379", f"--dashboard-host={HEAD}"]
         start = ["ray", "start", "--head", "--disable-usage-stats", *place, *size]
-        User(process, folder, token).runs("env", "RAY_JOB_STOP_WAIT_TIME_S=600", *start)
-        yield process, token
+        found = Head(process, token, installed)
+        User(found, folder, token).runs("env", "RAY_JOB_STOP_WAIT_TIME_S=600", *start)
+        yield found
 
 
 @pytest.fixture
@@ -112,9 +125,9 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def test_a_job_is_stopped_in_training_and_a_second_one_ends_with_the_golden_pairs(
-    head: tuple[int, Path], folder: Path
+    head: Head, folder: Path
 ) -> None:
-    user = User(head[0], folder, head[1])
+    user = User(head, folder, head.token)
     run = folder.parent / "runs/tiny"
     job = user.submits("tiny.yaml")
     first = run / "rounds/0001/trainer/checkpoints/000001"
@@ -132,16 +145,15 @@ def test_a_job_is_stopped_in_training_and_a_second_one_ends_with_the_golden_pair
     plain = ["ray", "job", "submit", "--address", SERVER, "--working-dir", "."]
     log = user.runs(*plain, "--", "pairloop", "train", "tiny.yaml")
     assert "succeeded" in log
-    found, expected = observed(run), golden("tiny")
-    for index in ("1", "2"):
-        assert found[index]["pairs"] == expected[index]["pairs"]
-        assert found[index]["losses"] == pytest.approx(expected[index]["losses"], abs=1e-4)
+    assert_same_run(observed(run), golden("tiny"), within=1e-4)
+    where = [sys.executable, "-P", "-c", "import launch; print(launch.__file__)"]
+    assert f"{head.installed}/launch/" in user.runs(*plain, "--", *where)
     # Nothing came of the copies that the jobs worked in.
     assert [path.name for path in folder.iterdir()] == ["tiny.yaml"]
 
 
-def test_without_the_token_nothing_is_submitted(head: tuple[int, Path], folder: Path) -> None:
-    stranger = User(head[0], folder, None)
+def test_without_the_token_nothing_is_submitted(head: Head, folder: Path) -> None:
+    stranger = User(head, folder, None)
     url = f"{SERVER}/api/jobs/"
     assert stranger.runs(sys.executable, "-c", VERSION, url) == "401\n"
     submit = ["pairloop", "submit", "ray", "tiny.yaml", "--address", SERVER]
@@ -150,15 +162,13 @@ def test_without_the_token_nothing_is_submitted(head: tuple[int, Path], folder: 
     assert f"the Ray cluster at {SERVER} takes no job without its token" in output
     other = folder / "other"
     other.write_text("0" * 64)
-    status, output = User(head[0], folder, other).tries(*submit)
+    status, output = User(head, folder, other).tries(*submit)
     assert status == 2
     assert "takes no job without its token" in output
 
 
-def test_a_job_does_not_lose_its_run_in_the_copy_that_it_works_in(
-    head: tuple[int, Path], folder: Path
-) -> None:
-    user = User(head[0], folder, head[1])
+def test_a_job_does_not_lose_its_run_in_the_copy_that_it_works_in(head: Head, folder: Path) -> None:
+    user = User(head, folder, head.token)
     plain = ["ray", "job", "submit", "--address", SERVER, "--working-dir", "."]
     relative = ["pairloop", "train", "tiny.yaml", "--run.directory", "runs"]
     status, output = user.tries(*plain, "--", *relative)

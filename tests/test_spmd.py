@@ -17,7 +17,18 @@ import psutil
 import pytest
 import yaml
 from fakes import run_values
-from golden_run import ROOT, finish, golden, observed, replay, start, wait_for, write_config
+from golden_run import (
+    ROOT,
+    assert_same_run,
+    finish,
+    golden,
+    observed,
+    replay,
+    run,
+    start,
+    wait_for,
+    write_config,
+)
 from test_reward_model_judge import save_reward_model
 
 from launch.placement import launched
@@ -51,33 +62,10 @@ LAUNCHERS: dict[str, tuple[list[str], int]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def local(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("local"), tiny_model, "tiny", [])
-
-
-def run(
-    folder: Path, model: str | Path, name: str, launcher: list[str], zero: int = 0
-) -> dict[str, Any]:
-    config = write_config(folder, model, name, placement={"zero": zero} if zero else {})
-    found = replay(config, name)
-    status, output = finish(start(config, launcher))
-    assert status == 0, output
-    assert "done: all 2 rounds ran" in output
-    return observed(found)
-
-
-def assert_same_run(found: dict[str, Any], expected: dict[str, Any], within: float) -> None:
-    for index in ("1", "2"):
-        assert found[index]["pairs"] == expected[index]["pairs"]
-        assert found[index]["losses"] == pytest.approx(expected[index]["losses"], abs=within)
-        assert len(found[index]["losses"]) >= 3
-
-
 # Other processors add up in another order, and Adam makes more of it: a wider bound than below.
 @pytest.mark.engine
-def test_one_process_repeats_the_golden_run(local: dict[str, Any]) -> None:
-    assert_same_run(local, golden("tiny"), within=1e-4)
+def test_one_process_repeats_the_golden_run(one_process: dict[str, Any]) -> None:
+    assert_same_run(one_process, golden("tiny"), within=1e-4)
 
 
 @pytest.mark.engine
@@ -88,10 +76,10 @@ def test_a_real_model_repeats_its_golden_run(smollm2: str, tmp_path: Path) -> No
 @pytest.mark.engine
 @pytest.mark.parametrize("how", LAUNCHERS)
 def test_ranks_repeat_the_run_of_one_process(
-    local: dict[str, Any], tiny_model: Path, tmp_path: Path, how: str
+    one_process: dict[str, Any], tiny_model: Path, tmp_path: Path, how: str
 ) -> None:
     launcher, zero = LAUNCHERS[how]
-    assert_same_run(run(tmp_path, tiny_model, "tiny", launcher, zero), local, within=1e-5)
+    assert_same_run(run(tmp_path, tiny_model, "tiny", launcher, zero), one_process, within=1e-5)
 
 
 @pytest.mark.engine
@@ -164,7 +152,7 @@ def rank_of(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
 
 @pytest.mark.engine
 def test_ranks_stop_together_and_a_dead_one_ends_all_and_nothing_is_lost(
-    local: dict[str, Any], tiny_model: Path, tmp_path: Path
+    one_process: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, tiny_model, "tiny")
     folder = replay(config, "tiny")
@@ -187,7 +175,7 @@ def test_ranks_stop_together_and_a_dead_one_ends_all_and_nothing_is_lost(
 
     status, output = finish(start(config, TORCHRUN))
     assert status == 0, output
-    assert_same_run(observed(folder), local, within=1e-5)
+    assert_same_run(observed(folder), one_process, within=1e-5)
 
 
 @pytest.mark.engine
@@ -216,6 +204,49 @@ def test_what_stops_rank_0_alone_in_mid_step_ends_all(tiny_model: Path, tmp_path
     status, output = finish(process)
     assert status != 0 and time.monotonic() - began < 120
     assert "IsADirectoryError" in output and "another rank ended" in output
+
+
+# Python imports it before anything else, on every rank.
+FALLS = """
+import os
+if os.environ.get("RANK") == "1":
+    from {module} import {kind}
+    def fail(self, *given, **more):
+        raise OSError(28, "the disk of this rank is full")
+    {kind}.{method} = fail
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("module", "kind", "method"),
+    [
+        # Alone at its share of the prompts, and together with the others in mid-step.
+        ("rollout.transformers_generator", "TransformersGenerator", "generate"),
+        ("rlhf.sharding", "Replicated", "update"),
+    ],
+)
+def test_what_stops_another_rank_ends_all_with_its_cause(
+    module: str,
+    kind: str,
+    method: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    falls = FALLS.format(module=module, kind=kind, method=method)
+    (site / "sitecustomize.py").write_text(falls)
+    config = write_config(tmp_path, tiny_model, "tiny")
+    folder = replay(config, "tiny") if method == "update" else tmp_path / "runs/tiny"
+    began = time.monotonic()
+    status, output = finish(start(config, TORCHRUN, [site]))
+    assert status != 0 and time.monotonic() - began < 180
+    cause = output.index("the disk of this rank is full")
+    # What the others say of it comes after, and points there.
+    assert cause < output.find("another rank ended") or "another rank ended" not in output, output
+    assert read_json(folder / "status.json", "")["state"] != "done"
 
 
 def settings(tmp_path: Path, **placement: Any) -> RunConfig:
