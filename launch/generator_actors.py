@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,15 @@ from launch.quiet import hush, hush_transformers
 from launch.roles import Cards, Roles, Say
 from rlhf.protocols import Job, Learner, Loaded, Published, Sampling
 from rlhf.types import Completion, Prompt
+from rollout.transfer import drop_adapter, put_adapter
 from rollout.weight_sync import check_loaded, word_of_all
 
 if TYPE_CHECKING:
     from rollout.transfer import Coming
+
+
+LEAVE_S = 60.0
+"""Seconds that nodes have to remove what generators stored there."""
 
 
 class Holder:
@@ -38,8 +44,9 @@ class GeneratorActor:
     its children, then see the GPUs of all.
     """
 
-    def __init__(self, roles: Roles, longest: int, seat: Seat) -> None:
+    def __init__(self, roles: Roles, longest: int, seat: Seat, number: int) -> None:
         hush()
+        self._roles, self._number = roles, number
         self._holders = [other.make(Holder) for other in seat.others]
         held = ray.get([holder.gpus.remote() for holder in self._holders])
         if visible := [*_own_gpus(), *(gpu for gpus in held for gpu in gpus)]:
@@ -52,7 +59,7 @@ class GeneratorActor:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What the generator's method gives, or the one of this class that is named so."""
-        target = self if method == "news" else self._generator
+        target = self if method in ("news", "load") else self._generator
         try:
             return getattr(target, method)(*arguments)
         except Exception:
@@ -60,6 +67,15 @@ class GeneratorActor:
                 # As a death of its own, after which another is made in its place.
                 ray.actor.exit_actor()  # type: ignore[no-untyped-call]
             raise
+
+    def load(self, published: Published, files: Mapping[str, bytes] | None) -> Loaded:
+        """See `Generator.load`; an adapter comes as its `files`."""
+        if files is not None:
+            # It stays there: an engine that is started anew reads it again.
+            folder = put_adapter(_run(self._roles), self._number, files)
+            published = replace(published, path=folder)
+        loaded: Loaded = self._generator.load(published)
+        return loaded
 
     def news(self) -> list[str]:
         """What was worth saying since the last time."""
@@ -82,8 +98,10 @@ class Generators:
         """cpu or cuda."""
         self._say = say
         self._published: Published | None = None
+        self._files: Any = None
+        """Reference to those of the adapter that is served, if one is."""
         self._turn = Lock()
-        self._actors = [self._make(seat) for seat in self._seats]
+        self._actors = [self._make(at) for at in range(len(self._seats))]
 
     def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, list[Completion]]]:
         """See `Pool.stream`: a job for whoever is free; each generator has one at a time, so none
@@ -131,7 +149,8 @@ class Generators:
     def load(self, published: Published) -> Loaded:
         """See `Generator.load`."""
         self._published = None
-        said = self._all("load", published)
+        self._files = ray.put(_files(published.path)) if published.kind == "adapter" else None
+        said = self._all("load", published, self._files)
         self._published = published
         return self._word(said)
 
@@ -144,7 +163,7 @@ class Generators:
         from rlhf.weights import stored_digest
 
         assert isinstance(learner, Learners), "one process sends nothing to itself"
-        self._published = None
+        self._published = self._files = None
         try:
             sent, said = transfer(self, learner, version, stored)
         except LOST as error:
@@ -185,6 +204,10 @@ class Generators:
         """End the actors."""
         for actor in self._actors:
             ray.kill(actor)
+        if self._files is not None:
+            run = _run(self._arguments[0])
+            leaving = [seat.ask(_leaving(run, at)) for at, seat in enumerate(self._seats)]
+            ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         asked = [(actor, actor.call.remote(method, *arguments)) for actor in self._actors]
@@ -209,14 +232,15 @@ class Generators:
         assert word is not None
         return word
 
-    def _make(self, seat: Seat) -> Any:
-        return seat.make(GeneratorActor, *self._arguments, seat)
+    def _make(self, at: int) -> Any:
+        seat = self._seats[at]
+        return seat.make(GeneratorActor, *self._arguments, seat, at)
 
     def _renew(self) -> None:
         """All anew, serving nothing yet."""
         for again in range(TRIES):
             self.close()
-            self._actors = [self._make(seat) for seat in self._seats]
+            self._actors = [self._make(at) for at in range(len(self._seats))]
             try:
                 started([actor.identity.remote() for actor in self._actors])
             except LOST as error:
@@ -234,16 +258,35 @@ class Generators:
                     raise ActorLostError(f"generator {at} died {tries} times: {error}") from error
                 self._say(f"generator {at} died and is made anew ({tries} of {TRIES})")
                 ray.kill(lost)
-                made = self._make(self._seats[at])
+                made = self._make(at)
                 try:
                     started([made.identity.remote()])
                     if self._published is not None:
-                        loaded = answered(made.call.remote("load", self._published))
+                        loaded = answered(made.call.remote("load", self._published, self._files))
                         check_loaded(self._published, loaded)
                     self._actors[at] = made
                 except LOST as again:
                     ray.kill(made)
                     tries, error = tries + 1, again
+
+
+def _leaving(run: Path, generator: int) -> Callable[[], None]:
+    # Ray takes nothing but a function.
+    def leave() -> None:
+        drop_adapter(run, generator)
+
+    return leave
+
+
+def _run(roles: Roles) -> Path:
+    run = roles.config.run
+    return Path(run.directory, run.name)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """What of an adapter's folder is served; its tokenizer is the generator's own."""
+    served = [folder / "adapter_config.json", *sorted(folder.glob("*.safetensors"))]
+    return {path.name: path.read_bytes() for path in served}
 
 
 def _own_gpus() -> list[str]:

@@ -9,14 +9,15 @@ from launch.learner_memory import NF4, Learning
 from launch.memory_parts import RUNNING, Part, Phase, millions
 from launch.placement import Plan
 from launch.zero_memory import ALONE, BUCKET, LIVE, PERSISTENT, Sharded, Sharding
+from rlhf.files import SHARD
 from rollout.transfer import BUFFER
 
 ROLE = "learner"
 TRAIN: tuple[Phase, ...] = ("train",)
 PASSES: tuple[Phase, ...] = ("reference", "train", "publish")
 """Phases in which the policy computes."""
-WRITTEN = ("stored version", "copy to write", "messages to send")
-"""Whole models in host memory, for the rank that writes files, and what it sends from."""
+WRITTEN = ("stored version", "copy to write", "messages to send", "copy for a checkpoint")
+"""In host memory, for the rank that writes files, and what it sends from."""
 
 
 def learner_parts(held: Learning, sharding: Sharding = ALONE) -> Iterator[Part]:
@@ -31,17 +32,18 @@ def publish_parts(held: Learning, plan: Plan, sharding: Sharding = ALONE) -> Ite
     """What it takes to hand a version over; `WRITTEN` is there on the first rank only."""
     a, c, host = held.architecture, held.compute, not held.on_gpu
     if held.model.merges or (held.full and (held.on_gpu or sharding.engine)):
-        said = f"4 B x {millions(a.parameters)}, "
-        said += "what the adapter is merged into, and is stored" if held.model.merges else "stored"
+        said = f"4 B x {millions(a.parameters)}, what a version starts from or is merged into"
         yield Part("publish", WRITTEN[0], 4 * a.parameters, said, ("publish",), True)
+    if held.full and (held.on_gpu or sharding.engine):
+        said = f"4 B x {millions(a.parameters)}, all that is trained"
+        yield Part("publish", WRITTEN[3], 4 * a.parameters, said, ("train",), True)
     if plan.sync == "merged":
         # ZeRO-3 gathers and merges a layer at a time.
         linear = a.linear // a.layers if sharding.stage == 3 else a.linear
         said = f"4 B x {millions(linear)}, base + adapter"
         merged = 0 if held.full else 4 * linear
         yield Part("publish", "merged layers", merged, said, ("publish",), host)
-        said = f"{c} B x {millions(a.parameters)}"
-        yield Part("publish", WRITTEN[1], c * a.parameters, said, ("publish",), True)
+        yield Part("publish", WRITTEN[1], *written(held, c), ("publish",), True)
         if plan.network:
             # Two under way, each of tensors and what they are joined to.
             size, said = message(held)
@@ -50,6 +52,16 @@ def publish_parts(held: Learning, plan: Plan, sharding: Sharding = ALONE) -> Ite
         said = f"10 B x {held.scored:,} tokens x {a.vocabulary:,}"
         size = 10 * held.scored * a.vocabulary
         yield Part("publish", "scoring", size, said, ("publish",), host)
+
+
+def written(held: Learning, weight: int) -> tuple[int, str]:
+    """Bytes of a model of `weight` bytes a weight that are held while it is stored, and how that
+    comes: a file's, and of the largest tensor on its way to the next."""
+    a = held.architecture
+    whole, some = weight * a.parameters, SHARD + weight * a.vocabulary * a.hidden
+    if whole <= some:
+        return whole, f"{weight} B x {millions(a.parameters)}"
+    return some, f"{SHARD / 1e9:g} GB of a file + {weight} B x {a.vocabulary:,} x {a.hidden:,}"
 
 
 def message(held: Learning) -> tuple[int, str]:

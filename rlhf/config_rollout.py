@@ -101,7 +101,8 @@ class Rollout(Section):
     run's folder, which every node sees; `auto`: memory where it can be had, else disk, and the log
     says why; `network`: nowhere, they are sent to vLLM's workers on other GPUs or hosts (NCCL
     among GPUs, gloo among CPUs), for models that are stored whole: full tuning, or
-    `model.lora.rounds` new. An adapter is small and always takes the run's folder."""
+    `model.lora.rounds` new. An adapter is small and takes the run's folder, and
+    Ray's object store where generators are actors."""
     parity_completions: Annotated[int, Field(ge=2)] = 16
     """Completions scored by learner and generator after every publish."""
     parity_tolerance: Annotated[float, Field(gt=0)] | None = None

@@ -33,6 +33,9 @@ _FULL_MESSAGES = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), f"os err
 _GROUP_ROWS = 1 << 13
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
+SHARD = 5_000_000_000
+"""Bytes of a model's weights that a file holds, as Transformers has it."""
+
 
 def _tells_full_disk(error: BaseException | None) -> bool:
     while error is not None:

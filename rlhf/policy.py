@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ from rlhf.weights import (
     stored_shapes,
     stored_weights,
     write_into,
+    write_weights,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -213,10 +215,15 @@ class Policy:
         its order; nothing is gathered."""
         tied = self._tied()
         return [
-            (name, whole_shape(held), self.dtype if held.is_floating_point() else held.dtype)
+            (name, *self._merged(held))
             for name, held in named_weights(self.plain_model()).items()
             if name not in tied
         ]
+
+    def _merged(self, held: Tensor) -> tuple[torch.Size, torch.dtype]:
+        if (nf4 := getattr(held, "quant_state", None)) is not None:
+            return nf4.shape, self.dtype
+        return whole_shape(held), self.dtype if held.is_floating_point() else held.dtype
 
     def _held(self) -> Iterator[tuple[str, Tensor]]:
         """The weights under the adapter, as they are held."""
@@ -300,17 +307,24 @@ class Policy:
         dtype: torch.dtype,
         write: bool,
     ) -> None:
-        from huggingface_hub import save_torch_state_dict
-
-        copy = self.shares
-        stored = {
-            n: in_precision(w, dtype, device="cpu", copy=copy).contiguous()
-            for n, w in weights
-            if write
-        }
         if not write:
+            # Where weights are split, all ranks gather each.
+            deque(weights, maxlen=0)
             return
-        save_torch_state_dict(dict(sorted(stored.items())), folder, metadata={"format": "pt"})
+        shapes = {
+            name: torch.empty(shape, dtype=dtype if own.is_floating_point else own, device="meta")
+            for name, shape, own in self.merged_shapes()
+        }
+        left = iter(weights)
+        stored = (
+            (n, in_precision(w, dtype, device="cpu", copy=self.shares).contiguous())
+            for n, w in left
+        )
+        try:
+            write_weights(folder, stored, shapes)
+        finally:
+            # Whatever could not be written, the others gather to the end.
+            deque(left, maxlen=0)
         config = AutoConfig.from_pretrained(
             self.path,
             revision=self.config.revision,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlhf.config_learner import Model
 from rlhf.errors import InputError
+from rlhf.files import SHARD
 from rlhf.partition import WHOLE
 
 
@@ -82,6 +86,31 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
         plain = path.removesuffix(".base_layer")
         found |= {f"{plain}.{name}" if plain else name: tensor for name, tensor in stored.items()}
     return found
+
+
+def write_weights(
+    folder: Path, weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Tensor]
+) -> None:
+    """Store a model's weights as Transformers does: safetensors of at most `SHARD`, and an index
+    where there are several. A file is written once all of its weights have come, and they are let
+    go: where they come in the order of `shapes`, no more than a file's is held.
+
+    `shapes` holds an empty tensor (on the meta device) for each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    split = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=SHARD)
+    held: dict[str, dict[str, Tensor]] = {file: {} for file in split.filename_to_tensors}
+    for name, weight in weights:
+        file = split.tensor_to_filename[name]
+        held[file][name] = weight
+        del weight
+        if len(held[file]) == len(split.filename_to_tensors[file]):
+            save_file(held.pop(file), folder / file, metadata={"format": "pt"})
+    assert not held, f"weights that never came for {sorted(held)}"
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:

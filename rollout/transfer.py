@@ -12,14 +12,15 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf.config_rollout import Transfer
 from rlhf.errors import InputError
-from rlhf.files import remove
+from rlhf.files import SHARD, remove, reports_full_disk
 
 MEMORY = Path("/dev/shm")
 BESIDE = 64 * 2**20
@@ -78,6 +79,34 @@ def memory_folder(run: Path) -> Path:
     return MEMORY / f"pairloop-{run.name}-{named}"
 
 
+def put_adapter(run: Path, generator: int, files: Mapping[str, bytes]) -> Path:
+    """Store an adapter that came to a generator of a run, in place of the last one; its folder.
+
+    Raises InputError where somebody else has a folder of its name.
+    """
+    folder = adapter_folder(run, generator)
+    if (foreign := _foreign(folder)) is not None:
+        raise InputError(f"an adapter can't be stored: {foreign}; remove it, or set TMPDIR")
+    remove(folder)
+    with reports_full_disk(folder):
+        folder.mkdir(mode=0o700)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    return folder
+
+
+def drop_adapter(run: Path, generator: int) -> None:
+    """Remove it, when the run ends."""
+    folder = adapter_folder(run, generator)
+    if _foreign(folder) is None:
+        remove(folder)
+
+
+def adapter_folder(run: Path, generator: int) -> Path:
+    """Where a generator's adapter lies on its node: the same however often it is made anew."""
+    return Path(tempfile.gettempdir()) / f"{memory_folder(run).name}-adapter-{generator}"
+
+
 def make_way(
     asked: Transfer, run: Path, seen: Sequence[str | None], room: Room
 ) -> tuple[Path, str]:
@@ -129,13 +158,13 @@ def _unshared(seen: Sequence[str | None]) -> str | None:
 
 
 def _short(room: Room) -> str | None:
-    """What lacks: the folder has to find place, and beside it the copy that it is written from."""
+    """What lacks: the folder has to find place, and beside it the file that is written to it."""
     place, needed = shutil.disk_usage(MEMORY).free, room.needed + BESIDE
     if place < needed:
         return f"{MEMORY} has {place / 1e6:,.0f} MB free and a version takes {needed / 1e6:,.0f}"
-    if room.free < (twice := needed + room.needed):
+    if room.free < (both := needed + min(room.needed, SHARD)):
         return (
-            f"the host has {room.free / 1e6:,.0f} MB of memory free, and a version with the copy "
-            f"that it is written from takes {twice / 1e6:,.0f}"
+            f"the host has {room.free / 1e6:,.0f} MB of memory free, and a version with the file "
+            f"that is being written takes {both / 1e6:,.0f}"
         )
     return None

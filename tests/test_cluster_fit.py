@@ -94,8 +94,10 @@ def test_a_host_holds_what_each_of_its_processes_holds_and_shares_the_checkpoint
     two, four = (sizes(at(planned(config, f"{n}xA100-80GB")), host=True) for n in (2, 4))
     for row in (("framework", "process"), ("generator", "vLLM, asleep")):
         assert four[row] == 2 * two[row]
-    for row in (("learner", "checkpoint"), ("publish", "copy to write")):
-        assert four[row] == two[row] == 2 * 7_615_616_512
+    row = ("learner", "checkpoint")
+    assert four[row] == two[row] == 2 * 7_615_616_512
+    row = ("publish", "copy to write")
+    assert four[row] == two[row] == 5_000_000_000 + 2 * 152_064 * 3_584
 
 
 def test_offload_moves_the_optimizer_and_under_zero_3_the_weights_to_the_host() -> None:

@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_models import save_small_model
 from torch import Tensor, nn
 
@@ -283,6 +286,45 @@ def test_under_nf4_the_adapter_is_merged_into_the_dequantised_base(
             assert gap(parameter, original[name] + delta) > 1e-2, "NF4 moves the base itself"
     assert gap(logps(merged), logps(policy.model)) < 1e-3
     assert not hasattr(merged.config, "quantization_config")
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "qlora"])
+def test_a_large_model_is_stored_file_by_file(
+    untied: Path, tmp_path: Path, tuning: Tuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more weights are held than one file's, and one on its way."""
+    policy = moved(load(untied, tuning))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    policy.save_merged(whole)
+    limit = 150_000
+    monkeypatch.setattr("rlhf.weights.SHARD", limit)
+    given: list[weakref.ref[Tensor]] = []
+    most = 0
+    merged = policy.merged_weights
+
+    def watched() -> Iterator[tuple[str, Tensor]]:
+        nonlocal most
+        for name, weight in merged():
+            # Copies, so that nothing else keeps them.
+            copy = weight.detach().clone()
+            given.append(weakref.ref(copy))
+            most = max(most, sum(w.nbytes for ref in given if (w := ref()) is not None))
+            del weight
+            yield name, copy
+            del copy
+
+    monkeypatch.setattr(policy, "merged_weights", watched)
+    policy.save_merged(parts)
+    files = sorted(parts.glob("*.safetensors"))
+    assert len(files) > 3 and all(f.stat().st_size < limit + 5_000 for f in files)
+    largest = max(w.nbytes for w in load_file(whole / "model.safetensors").values())
+    assert limit / 2 < most <= limit + largest
+    one, several = (plain(folder).state_dict() for folder in (whole, parts))
+    assert_same_state(several, one)
+    # All that Transformers would write, and its index says what is there.
+    index = json.loads((parts / "model.safetensors.index.json").read_text())
+    assert {*index["weight_map"].values()} == {f.name for f in files}
+    assert index["metadata"]["total_size"] == sum(w.nbytes for w in one.values())
 
 
 def test_scoring_under_nf4_leaves_the_base_and_its_gradients_alone(untied: Path) -> None:

@@ -43,6 +43,17 @@ OTHERS = [(stage, "lora", objective) for stage in (0, 3) for objective in ("ipo"
 OTHERS += [(stage, "merged", "dpo") for stage in (0, 2, 3)]
 # From an adapter on: trained further, and merged before the first round.
 OTHERS += [(3, "given", "dpo"), (3, "given-merged", "dpo")]
+# What is split lies in host memory; here that is where everything lies, but by other code.
+OTHERS += [(stage, f"{tuning}-offload", "dpo") for stage, tuning in SPLIT]
+BROKEN: list[dict[str, Any]] = [
+    *({"stage": stage, "tuning": tuning} for stage, tuning, _ in DPO),
+    {"stage": 0, "tuning": "lora", "value": "inf"},
+    {"stage": 3, "tuning": "full", "value": "inf"},
+    *({"stage": stage, "tuning": "lora", "what": "loss"} for stage in (0, 1, 3)),
+    {"stage": 2, "tuning": "full", "what": "loss", "value": "inf"},
+    *({"stage": stage, "tuning": "full", "precision": "bf16"} for stage in (0, 3)),
+    *({"stage": stage, "tuning": "lora", "precision": "bf16"} for stage in (2, 3)),
+]
 
 TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 WHOLE_MODEL = {*TOKENIZER, "config.json", "generation_config.json", "model.safetensors"}
@@ -53,12 +64,21 @@ def name(stage: int | str, tuning: str, objective: str) -> str:
     return f"{objective}-zero{stage}-{tuning}"
 
 
-def described(model: Path, stage: int, tuning: str, objective: str, **more: Any) -> dict[str, Any]:
-    merged, given = tuning.endswith("merged"), tuning.startswith("given")
+def whole(tuning: str) -> str:
+    """Where nothing is split, nothing is offloaded."""
+    return tuning.removesuffix("-offload")
+
+
+def described(
+    model: Path, stage: int, tuning: str, objective: str, precision: str = "fp32", **more: Any
+) -> dict[str, Any]:
+    tuned, offload, _ = tuning.partition("-offload")
+    merged, given = tuned.endswith("merged"), tuned.startswith("given")
     config = config_for(
         model,
         model={
-            "tuning": "lora" if merged or given else tuning,
+            "tuning": "lora" if merged or given else tuned,
+            "precision": precision,
             "adapter": str(model.with_name("adapter")) if given else None,
         },
         lora={"rounds": "new" if merged else "carry"},
@@ -68,6 +88,7 @@ def described(model: Path, stage: int, tuning: str, objective: str, **more: Any)
     return {
         "name": name(stage, tuning, objective),
         "stage": stage,
+        "offload": bool(offload),
         "config": config.model_dump(mode="json"),
         "table": "labels.parquet" if objective == "kto" else "pairs.parquet",
         **more,
@@ -95,16 +116,17 @@ def save_adapter(model: Path, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def together(folder: Path) -> dict[str, Any]:
     """What the ranks found: DPO stopped once, in the middle of round 2, other objectives through;
-    and with a NaN in the gradient of one rank at round 1's second step."""
+    and with NaN or infinity in one rank's loss or gradient at round 1's second step."""
     model = folder / "model"
     cases = [described(model, *case, stop_at=[2, 2]) for case in DPO]
     cases += [described(model, *case) for case in OTHERS]
     for stage, tuning in SPLIT:
         case = described(model, stage, tuning, "dpo")
         cases.append(case | {"name": f"through-zero{stage}-{tuning}"})
-    for stage, tuning, _ in DPO:
-        case = described(model, stage, tuning, "dpo", nan_at=[1, 1])
-        cases.append(case | {"name": f"nan-zero{stage}-{tuning}"})
+    for number, broken in enumerate(BROKEN):
+        how = {"what": "gradient", "value": "nan", "precision": "fp32", **broken}
+        case = described(model, objective="dpo", **how, broken_at=[1, 1])
+        cases.append(case | {"name": f"broken-{number}"})
     (folder / "cases.json").write_text(json.dumps(cases))
     worker = Path(__file__).with_name("ranks_worker.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -132,7 +154,7 @@ def one_thread() -> Iterator[None]:
 def alone(folder: Path, one_thread: None) -> dict[str, Any]:
     """The same in this process, never stopped."""
     found = {}
-    for tuning, objective in sorted({case[1:] for case in (*DPO, *OTHERS)}):
+    for tuning, objective in sorted({(whole(t), o) for _, t, o in (*DPO, *OTHERS)}):
         case = described(folder / "model", 0, tuning, objective)
         case["name"] = name("alone", tuning, objective)
         found[case["name"]] = Case(folder, case, ALONE).run()
@@ -148,7 +170,7 @@ def test_ranks_train_as_one_process_does(
     tuning: str,
     objective: str,
 ) -> None:
-    here, there = name(stage, tuning, objective), name("alone", tuning, objective)
+    here, there = name(stage, tuning, objective), name("alone", whole(tuning), objective)
     found, expected = together[here], alone[there]
     assert "errors" not in found, found
     assert found["everywhere"] == [found["losses"]] * RANKS
@@ -225,6 +247,14 @@ def written(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
 
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_what_rank_0_can_not_write_is_gathered_to_the_end(
+    together: dict[str, Any], tuning: str
+) -> None:
+    """The others would wait for it in the next gather."""
+    assert together[f"through-zero3-{tuning}"]["full_disk"] == ["the disk is full", None]
+
+
 @pytest.mark.parametrize(("stage", "tuning"), SPLIT)
 def test_stopped_and_resumed_is_to_the_bit_what_was_never_stopped(
     folder: Path, together: dict[str, Any], stage: int, tuning: str
@@ -236,18 +266,32 @@ def test_stopped_and_resumed_is_to_the_bit_what_was_never_stopped(
     assert all(torch.equal(own[key], other[key]) for key in own)
 
 
-@pytest.mark.parametrize(("stage", "tuning"), [case[:2] for case in DPO])
-def test_a_nan_in_one_rank_stops_all_and_reaches_no_weight(
-    folder: Path, together: dict[str, Any], stage: int, tuning: str
+@pytest.mark.parametrize(
+    "number", range(len(BROKEN)), ids=lambda i: "-".join(map(str, BROKEN[i].values()))
+)
+def test_what_is_not_finite_in_one_rank_stops_all_and_reaches_no_weight(
+    folder: Path, together: dict[str, Any], number: int
 ) -> None:
-    errors = together[f"nan-zero{stage}-{tuning}"]["errors"]
+    errors = together[f"broken-{number}"]["errors"]
     assert len(errors) == RANKS and len(set(errors)) == 1
     assert errors[0].startswith("step 2: loss ") and "not touched" in errors[0]
-    out = folder / f"nan-zero{stage}-{tuning}"
+    if BROKEN[number].get("what") == "loss":
+        assert errors[0].startswith(f"step 2: loss {BROKEN[number].get('value', 'nan')},")
+    out = folder / f"broken-{number}"
     before = load_file(out / "trainer-1/checkpoints/000001/trained.safetensors")
     after = load_file(out / "after.safetensors")
     assert before.keys() == after.keys() and before
     assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(weight.isfinite().all() for weight in after.values())
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_zero_3_gathers_the_head_once_a_pass(together: dict[str, Any], tuning: str) -> None:
+    """However many chunks of hidden states go through it: the loop is within its forward."""
+    counted = together[f"through-zero3-{tuning}"]["head"]
+    assert counted["chunks"] > 3 * counted["passes"] > 0
+    # Once more where a gradient passes back through it.
+    assert counted["passes"] <= counted["gathers"] <= 2 * counted["passes"]
 
 
 def test_a_checkpoint_of_other_ranks_is_refused(

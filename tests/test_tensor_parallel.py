@@ -94,7 +94,7 @@ def test_an_engine_sees_the_gpus_of_its_places_and_no_other(
     with _seated(layout(config, colocated)) as seats:
         ranks = [seat.make(Holder) for seat in seats.of["learner"]]
         (seat,) = seats.of["generator"]
-        engine = seat.make(Looking, FewRoles(), 64, seat)
+        engine = seat.make(Looking, FewRoles(), 64, seat, 0)
         learn = [cluster.get(rank.gpus.remote(), timeout=300) for rank in ranks]
         seen = cluster.get(engine.visible.remote(), timeout=300)
         assert cluster.get(engine.call.remote("cards")) == Cards(WIDTH, share)
@@ -106,7 +106,7 @@ def test_an_engine_sees_the_gpus_of_its_places_and_no_other(
         assert news == [["half as many"], []], "the driver hears of it once"
         # Whoever comes in its place finds all of it free again.
         cluster.kill(engine)
-        engine = seat.make(Looking, FewRoles(), 64, seat)
+        engine = seat.make(Looking, FewRoles(), 64, seat, 0)
         assert cluster.get(engine.visible.remote(), timeout=300) == seen
         for actor in (*ranks, engine):
             cluster.kill(actor)
@@ -135,7 +135,7 @@ def test_an_actor_whose_engine_lost_a_worker_counts_as_dead(cluster: Any, tmp_pa
     with _seated(layout(run_config(tmp_path, tmp_path, "vllm"), False)) as seats:
         (seat,) = seats.of["generator"]
         for broken, expected in ((False, ValueError), (True, LOST)):
-            actor = seat.make(GeneratorActor, BrokenRoles(broken), 64, seat)
+            actor = seat.make(GeneratorActor, BrokenRoles(broken), 64, seat, 0)
             with pytest.raises(expected):
                 answered(actor.call.remote("fail"))
             cluster.kill(actor)

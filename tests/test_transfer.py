@@ -62,7 +62,7 @@ TERABYTES = 10**14
             Room(TERABYTES, 3 * TERABYTES),
             "free and a version takes 100,000,067",
         ),
-        ([HERE], Room(1000, 1999 + BESIDE), "of memory free, and a version with the copy"),
+        ([HERE], Room(1000, 1999 + BESIDE), "of memory free, and a version with the file"),
     ],
 )
 def test_what_memory_cannot_take_goes_to_disk_with_a_word_or_is_refused(

@@ -310,8 +310,9 @@ def cluster() -> Iterator[Any]:
 
 @pytest.mark.engine
 @pytest.mark.timeout(2400)
-def test_split_weights_reach_every_generator_though_one_dies_on_the_way(
-    cluster: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("victim", ["GeneratorActor", "LearnerActor"])
+def test_split_weights_reach_every_generator_though_somebody_dies_on_the_way(
+    cluster: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
     from launch.actors import all_of
     from launch.generator_actors import Generators
@@ -346,12 +347,14 @@ def test_split_weights_reach_every_generator_though_one_dies_on_the_way(
             assert len(first) == len(ranks) == 2 and not said
 
             def kill_first(references: Any, within: float) -> Any:
-                # It has been asked and can't have answered: it was stopped before.
-                doomed.send_signal(signal.SIGKILL)
+                # Nobody can be done yet: one of those who receive was stopped before.
+                actors(victim)[0].send_signal(signal.SIGKILL)
+                if victim == "LearnerActor":
+                    stopped.send_signal(signal.SIGCONT)
                 return all_of(references, within)
 
-            doomed = actors("GeneratorActor")[0]
-            doomed.send_signal(signal.SIGSTOP)
+            stopped = actors("GeneratorActor")[0]
+            stopped.send_signal(signal.SIGSTOP)
             monkeypatch.setattr(weight_network, "all_of", kill_first)
             serving.at(2, moved(start, tmp_path / "version-2", 2))
             assert len(said) == 1 and "version 2 was lost on its way" in said[0]
