@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from launch.learner_actors import Learners
 
 ROLES: tuple[Role, ...] = ("learner", "generator", "judge")
+LOOPBACK = "127.0.0.1"
 RESERVE_S = 300.0
 """Seconds that a cluster has to give the actors their places."""
 
@@ -101,22 +102,50 @@ def joined() -> Iterator[Cluster]:
 
     Raises InputError where there is no Ray, or nothing at RAY_ADDRESS that lets this process in.
     """
+    address = os.environ.get("RAY_ADDRESS")
+    with nullcontext() if address else _alone_on_this_machine():
+        try:
+            import ray
+        except ImportError as error:
+            raise InputError(
+                f"placement.kind ray needs Ray: {error}; pip install 'pairloop[ray]'"
+            ) from None
+        with _started(ray, address):
+            nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+            machines = tuple(_machine(node) for node in nodes if node["Alive"])
+            yield Cluster(f"{len(machines)} Ray nodes", machines)
+
+
+@contextmanager
+def _alone_on_this_machine() -> Iterator[None]:
+    """What Ray has to find in the environment before it is imported, for a cluster that is nobody
+    else's."""
+    own = {
+        # Whoever else is on this machine must not run code in our processes.
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32)),
+        # Else Ray takes an address of the loopback for one that others can reach, and listens to
+        # everybody. The variable's name is that of the systems where it does so by default.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
     try:
-        address = os.environ.get("RAY_ADDRESS")
-        if address is None:
-            # Whoever else is on this machine must not run code in our processes.
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        import ray
-    except ImportError as error:
-        raise InputError(
-            f"placement.kind ray needs Ray: {error}; pip install 'pairloop[ray]'"
-        ) from None
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _started(ray: Any, address: str | None) -> Iterator[None]:
     if address is None:
         # Without an address Ray would join whatever cluster it finds on this machine.
-        ray.init(
-            "local", _node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False
-        )
+        quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+        ray.init("local", _node_ip_address=LOOPBACK, **quiet)
     else:
         try:
             ray.init(address=address, log_to_driver=False)
@@ -126,9 +155,12 @@ def joined() -> Iterator[Cluster]:
                 "unset it to run on this machine alone"
             ) from error
     try:
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        machines = tuple(_machine(node) for node in nodes if node["Alive"])
-        yield Cluster(f"{len(machines)} Ray nodes", machines)
+        if address is None and (found := ray.util.get_node_ip_address()) != LOOPBACK:
+            raise InputError(
+                f"Ray listens on {found}, since it was imported before this run; start the run in "
+                "a process of its own"
+            )
+        yield
     finally:
         ray.shutdown()
 
