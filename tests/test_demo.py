@@ -17,10 +17,10 @@ pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
-    "prompts.gate.limit": "8",
-    "prompts.final.limit": "8",
+    "prompts.gate.limit": "4",
+    "prompts.final.limit": "4",
     "rounds.count": "1",
-    "rounds.prompts_per_round": "16",
+    "rounds.prompts_per_round": "8",
     "rollout.max_new_tokens": "24",
     "rollout.samples_per_prompt": "4",
     "rollout.parity_completions": "4",
@@ -57,7 +57,7 @@ def test_a_small_demo_goes_round(
     run = tmp_path / "demo"
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     pairs = pl.read_parquet(run / "rounds/0001/pairs.parquet")
-    assert 0 < pairs.height <= 16
+    assert 0 < pairs.height <= 8
     assert (pairs["reward_chosen"] > pairs["reward_rejected"]).all()
     assert "final split" in (run / "summary.md").read_text()
     assert not (run / "published").exists()

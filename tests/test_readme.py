@@ -147,6 +147,7 @@ SHOWS = {
     "python benchmarks/memory.py": "--case",
     "python benchmarks/zero_memory.py": "--cases",
     "python benchmarks/publish.py": "--versions",
+    "python benchmarks/pipeline.py": "--prompts",
     "python benchmarks/selection.py": "--contestants",
     "python benchmarks/duplicates.py": "--threshold",
 }

@@ -139,6 +139,7 @@ def test_packed_rows_equal_eager_sequences(shape: str, attention: str, tied: boo
     assert_equal(model, attention, sequences(90))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "attention"), EACH)
 def test_prompts_of_500_tokens(shape: str, attention: str) -> None:
     assert_equal(build(shape), attention, sequences(500))
@@ -164,6 +165,7 @@ def test_adapters_off_and_on_the_head(shape: str, attention: str, on_head: bool)
     assert_equal(adapted(build(shape), on_head), attention, sequences(60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "attention"), EACH)
 def test_adapters_on_an_nf4_base(shape: str, attention: str, tmp_path: Path) -> None:
     from bitsandbytes.nn.modules import Linear4bit

@@ -92,6 +92,7 @@ def test_each_rank_serves_and_judges_with_engines_of_its_own(
         "name": "reader",
         "dimensions": ["helpfulness"],
         "model": smollm2,
+        "max_tokens": 96,
         "engine": {**engine, "max_length": 2048, "memory_gib": 0.3},
     }
     liking = {
@@ -113,7 +114,9 @@ def test_each_rank_serves_and_judges_with_engines_of_its_own(
             "panel": [rules, reader, liking],
             "uncertified": "allow",
             "max_abstention": 0.9,
+            "canaries": {"answers": 0},
         },
+        prompts={n: {"path": f"{tmp_path}/{n}.jsonl", "limit": 3} for n in ("gate", "final")},
     )
     status, output = finish(start(config, TORCHRUN))
     assert status == 0, output
