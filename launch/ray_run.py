@@ -111,8 +111,7 @@ def joined() -> Iterator[Cluster]:
                 f"placement.kind ray needs Ray: {error}; pip install 'pairloop[ray]'"
             ) from None
         with _started(ray, address):
-            nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-            machines = tuple(_machine(node) for node in nodes if node["Alive"])
+            machines = tuple(map(_machine, alive()))
             yield Cluster(f"{len(machines)} Ray nodes", machines)
 
 
@@ -165,6 +164,17 @@ def _started(ray: Any, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def alive() -> list[dict[str, Any]]:
+    """The cluster's living nodes in the order in which a plan counts them, this process's own
+    first."""
+    import ray
+
+    own: str = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    found = [node for node in nodes if node["Alive"]]
+    return sorted(found, key=lambda node: (node["NodeID"] != own, node["NodeID"]))
+
+
 def _machine(node: dict[str, Any]) -> Machine:
     """What a node has, by its own account, with the GPUs that Ray may give."""
     import ray
@@ -188,8 +198,18 @@ def _seated(layout: Layout) -> Iterator[Seats]:
 
     from launch.actors import Seat, Seats
 
+    # Left to itself Ray takes whatever node has most room, and may leave none for the next group.
+    # Once a node has died another one may do.
+    nodes = dict(enumerate(node["NodeID"] for node in alive()))
     made = [
-        (group, placement_group(list(group.bundles), strategy=group.strategy))
+        (
+            group,
+            placement_group(
+                list(group.bundles),
+                strategy=group.strategy,
+                _soft_target_node_id=nodes.get(group.slots[0].node),
+            ),
+        )
         for group in layout.groups
     ]
     try:

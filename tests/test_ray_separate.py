@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 import torch
 from fakes import run_values
@@ -32,6 +33,9 @@ from ray_nodes import actors, cluster_of, slowed
 from test_reward_model_judge import save_reward_model
 from transformers import AutoModelForCausalLM
 
+from launch.cluster_fit import plan_cluster
+from launch.ray_run import _seated, alive, joined
+from rlhf.config_io import load
 from rlhf.logprobs import collate, split_rows, token_logps
 from rollout.transfer import adapter_folder
 
@@ -205,18 +209,47 @@ def test_engines_as_actors_serve_an_adapter_though_the_generator_dies_and_judge_
     assert not adapter_folder(run, 0).exists()
 
 
+def raylets(cluster: Cluster) -> tuple[int, int]:
+    """Processes of the head's and of the other node's raylet, whose children its actors are."""
+    (other,) = cluster.worker_nodes
+    nodes: list[Any] = [cluster.head_node, other]
+    head, rest = (node.all_processes["raylet"][0].process.pid for node in nodes)
+    return head, rest
+
+
+def test_everybody_sits_on_the_node_that_the_plan_says(
+    cluster: Cluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = load([write_config(tmp_path, tiny_model, "tiny", placement=PLACEMENT)])
+    with joined() as found:
+        import ray
+
+        layout = plan_cluster(config, found).layout
+        nodes = [node["NodeID"] for node in alive()]
+        head: Any = cluster.head_node
+        assert nodes[0] == head.node_id and len(nodes) == 2
+        with _seated(layout) as seats:
+            for role, planned in (("learner", 0), ("generator", 1)):
+                (seat,) = seats.of[role]  # type: ignore[index]
+                where = seat.ask(lambda: ray.get_runtime_context().get_node_id())
+                # The head has room for all, and more of it.
+                assert ray.get(where, timeout=120) == nodes[planned]
+
+
 def test_a_node_dies_in_mid_round_and_the_run_makes_the_same_pairs(
     cluster: Cluster, tiny_model: Path, reader: dict[str, Any], tmp_path: Path
 ) -> None:
     process, run = begin(tmp_path, tiny_model, reader)
     wait_for(run / "rounds/0001/completions/part-00000.parquet", process)
-    (doomed,) = cluster.worker_nodes
+    head, other = raylets(cluster)
     lost = actors("GeneratorActor") + actors("JudgeActor")
-    assert len(lost) == 2
+    assert [actor.ppid() for actor in lost] == [other, other]
+    assert [actor.ppid() for actor in actors("LearnerActor")] == [head]
+    (doomed,) = cluster.worker_nodes
     cluster.remove_node(doomed, allow_graceful=False)
-    # What runs on a machine goes with it.
-    for actor in lost:
-        actor.kill()
+    # Nobody else ends them.
+    _, left = psutil.wait_procs(lost, timeout=120)
+    assert not left
     status, output = finish(process)
     assert status == 0, output
     assert "generator 0 died and is made anew" in output, output
