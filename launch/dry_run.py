@@ -32,8 +32,10 @@ def say(config: RunConfig, machine: str | None, described: str | None) -> Iterat
     config = settle(config, here)
     yield config_io.dump(config)
     yield plan(config, here)
-    yield fit.report(config, here)
+    text, wanting = fit.report(config, here)
+    yield text
     yield rehearse(config)
+    _refuse(here, wanting)
 
 
 def say_offline(config: OfflineConfig, machine: str | None) -> Iterator[str]:
@@ -42,8 +44,15 @@ def say_offline(config: OfflineConfig, machine: str | None) -> Iterator[str]:
     config = settle(config, here)
     yield config_io.dump(config)
     yield plan_offline(config, here)
-    yield fit.report(config, here)
+    text, wanting = fit.report(config, here)
+    yield text
     yield offline.rehearse(config)
+    _refuse(here, wanting)
+
+
+def _refuse(here: machines.Machine, wanting: str | None) -> None:
+    if wanting is not None:
+        raise InputError(f"it does not fit {here.name}: {wanting}")
 
 
 def _on(config: RunConfig, nodes: cluster.Cluster) -> Iterator[str]:

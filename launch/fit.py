@@ -17,20 +17,22 @@ from rlhf.config_offline import Trains
 from rlhf.errors import InputError
 
 
-def report(config: C, machine: Machine) -> str:
-    """What a dry run says about memory: the table, whether it fits, what would help."""
+def report(config: C, machine: Machine) -> tuple[str, str | None]:
+    """What a dry run says about memory: the table, and what would help where it doesn't fit; and
+    that help by itself."""
     config = settle(config, machine)
     try:
         known = architectures.find(config.model.path, config.model.revision)
     except InputError as error:
-        return f"memory     not estimated: {error}"
+        return f"memory     not estimated: {error}", None
     judges, unknown = _judges(config)
     found: Estimate = _estimated(config, machine, known, judges)
-    lines = [_heading(config, found), *table(found), *verdicts(found)]
+    lines: list[str] = [_heading(config, found), *table(found), *verdicts(found)]
     lines += [f"{ROLE:<10} {line}" for line in unknown]
-    if not found.fits():
-        lines.append(f"fit        {_help(config, machine, known, judges)}")
-    return "\n".join(lines)
+    if found.fits():
+        return "\n".join(lines), None
+    wanting = _help(config, machine, known, judges)
+    return "\n".join([*lines, f"fit        {wanting}"]), wanting
 
 
 def _judges(config: Trains) -> tuple[list[JudgeModel], list[str]]:

@@ -40,7 +40,7 @@ def fits(config: RunConfig, cluster: str) -> bool:
 def test_one_gpu_of_a_cluster_is_the_same_as_a_machine() -> None:
     """Both ways to a single process end in the same rows."""
     config = preset(QLORA_T4)
-    rows = report(config, parse_machine("1xT4-16GB")).splitlines()
+    rows = report(config, parse_machine("1xT4-16GB"))[0].splitlines()
     text = describe(planned(config, "1xT4-16GB")).splitlines()
     assert [line for line in rows if line not in text] == [rows[0]]
 

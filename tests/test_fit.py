@@ -48,7 +48,7 @@ def fits(config: RunConfig, machine: Machine) -> bool:
     ],
 )
 def test_a_preset_fits_the_card_in_its_name_with_room_to_spare(name: str, machine: str) -> None:
-    text = report(preset(name), parse(machine))
+    text = report(preset(name), parse(machine))[0]
     assert "GPU        fits: " in text
     assert "host       fits: " in text
     assert "barely" not in text and "smallest change" not in text
@@ -56,7 +56,7 @@ def test_a_preset_fits_the_card_in_its_name_with_room_to_spare(name: str, machin
 
 def test_a_laptop_preset_fits_a_laptop() -> None:
     config = preset("smollm2-cpu", rollout={"engine": "transformers"})
-    text = report(config, LAPTOP)
+    text = report(config, LAPTOP)[0]
     assert "host       fits: " in text
     assert "only 2.0 GiB are free now" in text
 
@@ -110,7 +110,7 @@ def test_the_smallest_change_is_one_setting(
     assert found == expected
     assert fits(changed(config, found), described)
     flags = " ".join(f"--{key} {str(value).lower()}" for key, value in expected)
-    assert report(config, described).endswith(f"smallest change: {flags}")
+    assert report(config, described)[0].endswith(f"smallest change: {flags}")
 
 
 @pytest.mark.parametrize("machine", DESCRIBED)
@@ -126,7 +126,7 @@ def test_what_is_proposed_fits_and_no_part_of_it_is_idle(
         assert found == ()
         return
     if found is None:
-        assert "no setting makes it fit" in report(config, described)
+        assert "no setting makes it fit" in report(config, described)[0]
         assert not fits(changed(config, [("learner.micro_batch_tokens", 1)]), described)
         return
     assert fits(changed(config, found), described)
@@ -147,11 +147,11 @@ def test_a_model_larger_than_the_card_gets_no_advice_but_a_larger_one() -> None:
     config = preset("llama-3.1-8b-instruct-lora-a100", model={"tuning": "full"})
     tiny = Machine("a small card", 1, 4 * GIB, (8, 0), 64 * GIB)
     assert smallest_change(config, tiny, sized(config)) is None
-    assert report(config, tiny).endswith("take a larger machine or a smaller model")
+    assert report(config, tiny)[0].endswith("take a larger machine or a smaller model")
 
 
 def test_a_dry_run_shows_each_part_under_its_phases_and_the_sums() -> None:
-    text = report(preset("qwen2.5-7b-instruct-qlora-t4"), parse("1xT4-16GB"))
+    text = report(preset("qwen2.5-7b-instruct-qlora-t4"), parse("1xT4-16GB"))[0]
     rows = {line[:33].strip(): line[33:].split() for line in text.splitlines()}
     assert text.startswith("memory     1xT4-16GB: GPU 14.6 GiB, host 15.0 GiB (assumed)")
     assert "448 + 192 tokens" in text
@@ -163,12 +163,12 @@ def test_a_dry_run_shows_each_part_under_its_phases_and_the_sums() -> None:
 
 def test_an_engine_that_can_not_hold_one_sequence_is_said_not_to_fit() -> None:
     config = preset("qwen2.5-7b-instruct-qlora-t4", rollout={"gpu_memory_share": 0.44})
-    text = report(config, parse("1xT4-16GB"))
+    text = report(config, parse("1xT4-16GB"))[0]
     assert "generator  DOES NOT FIT: its cache lacks" in text
     assert "GPU        fits" in text
 
 
 def test_a_model_of_unknown_size_is_said_to_be_and_the_dry_run_goes_on() -> None:
-    text = report(preset("smollm2-cpu", model={"path": "org/unheard-of"}), LAPTOP)
+    text = report(preset("smollm2-cpu", model={"path": "org/unheard-of"}), LAPTOP)[0]
     assert text.startswith("memory     not estimated: ")
     assert "hf download org/unheard-of config.json" in text

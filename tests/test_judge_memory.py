@@ -158,24 +158,24 @@ def test_only_models_in_this_process_are_counted_members_among_them() -> None:
 def test_a_dry_run_shows_judges_and_what_to_do_where_they_do_not_fit(tmp_path: Path) -> None:
     """Share 0.5 for the generator, 0.3 for the judge and 16.1 GB for the learner are too many for
     80 GB. On 16 GB a judge of 14.1 GB in fp16 leaves nothing for the policy's 5.5 in NF4."""
-    text = report(beside(READER), parse("1xA100-80GB"))
+    text = report(beside(READER), parse("1xA100-80GB"))[0]
     assert "judge      reader: vLLM, awake" in text
     assert "GPU        DOES NOT FIT" in text
     assert text.splitlines()[-1] == "fit        smallest change: --rollout.gpu_memory_share 0.44"
     large = reward_model(tmp_path / "rm")
     large["engine"] |= {"precision": "fp16"}
     config = beside(large, preset="qwen2.5-7b-instruct-qlora-t4")
-    last = report(config, parse("1xT4-16GB")).splitlines()[-1]
+    last = report(config, parse("1xT4-16GB"))[0].splitlines()[-1]
     assert last.startswith("fit        no setting of the policy makes it fit beside preference: ")
 
 
 def test_a_judge_whose_share_holds_no_text_is_said_not_to_fit() -> None:
     starved = READER | {"engine": READER["engine"] | {"gpu_memory_share": 0.05}}  # type: ignore[operator]
-    text = report(beside(starved), parse("1xA100-80GB"))
+    text = report(beside(starved), parse("1xA100-80GB"))[0]
     assert "judge reader DOES NOT FIT: its cache lacks" in text
     assert text.splitlines()[-1].startswith("fit        no setting of the policy makes it fit")
 
 
 def test_a_judge_of_unknown_size_is_said_not_to_be_counted() -> None:
-    text = report(beside(READER | {"model": "org/unheard-of"}), parse("1xA100-80GB"))
+    text = report(beside(READER | {"model": "org/unheard-of"}), parse("1xA100-80GB"))[0]
     assert "judge      reader: not in these sums: the memory of org/unheard-of is not known" in text
