@@ -98,6 +98,8 @@ class Generators:
         """cpu or cuda."""
         self._say = say
         self._published: Published | None = None
+        self._said: Loaded | None = None
+        """What a generator said when all had loaded it."""
         self._files: Any = None
         """Reference to those of the adapter that is served, if one is."""
         self._turn = Lock()
@@ -230,6 +232,7 @@ class Generators:
     def _word(self, said: Sequence[Loaded]) -> Loaded:
         word = word_of_all(said, self._published)
         assert word is not None
+        self._said = said[0]
         return word
 
     def _make(self, at: int) -> Any:
@@ -263,7 +266,9 @@ class Generators:
                     started([made.identity.remote()])
                     if self._published is not None:
                         loaded = answered(made.call.remote("load", self._published, self._files))
-                        check_loaded(self._published, loaded)
+                        check_loaded(
+                            self._published, word_of_all([loaded, self._said], self._published)
+                        )
                     self._actors[at] = made
                 except LOST as again:
                     ray.kill(made)

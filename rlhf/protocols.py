@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,6 +60,9 @@ class Loaded:
 
     version: int
     sha256: str
+    held: str | None = field(default=None, compare=False)
+    """The engine's own checksums of the weights in its memory, in one word, where it has any: equal
+    among engines side by side."""
 
 
 class Generator(Protocol):

@@ -6,6 +6,7 @@ in place (merged) or hot-loaded as an adapter.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,8 +176,14 @@ class VllmGenerator:
                 f"vLLM read version {published.version}, whose weights are others, and its own "
                 "checksums say that it holds what it held before"
             )
-        self._published, self._loaded = published, Loaded(published.version, sha256)
+        self._published = published
+        self._loaded = Loaded(published.version, sha256, self._held())
         return self._loaded
+
+    def _held(self) -> str | None:
+        if self._checksums is None:
+            return None
+        return hashlib.sha256(repr(self._checksums).encode()).hexdigest()
 
     def _sha256(self, published: Published) -> str:
         """Of what lies in its folder now."""

@@ -119,7 +119,16 @@ def check_loaded(published: Published, loaded: Loaded | None) -> None:
 
 def word_of_all(said: Sequence[Loaded | None], published: Published | None) -> Loaded | None:
     """What generators side by side say they serve: of those whose word is not what was published
-    (None: nothing yet) the first one's, so that one that is wrong is never spoken for."""
+    (None: nothing yet) the first one's, so that one that is wrong is never spoken for.
+
+    Raises ParityError where their engines' own checksums differ.
+    """
+    held = [word.held for word in said if word is not None and word.held is not None]
+    if len({*held}) > 1:
+        raise ParityError(
+            f"generators that were given the same version hold different weights: their engines' "
+            f"checksums are {', '.join(word[:12] for word in held)}"
+        )
     expected = None if published is None else Loaded(published.version, published.sha256)
     return next((word for word in said if word != expected), expected)
 

@@ -244,6 +244,11 @@ def test_a_generator_that_loaded_something_else_is_found_wherever_it_stands(wron
     said[wrong] = Loaded(1, "other")
     with pytest.raises(ParityError, match=r"SHA-256 abc.* serves version 1 \(other\)"):
         check_loaded(published, word_of_all(said, published))
+    held = [Loaded(1, "abc", "on the card")] * 3
+    assert word_of_all(held, published) == Loaded(1, "abc")
+    held[wrong] = Loaded(1, "abc", "something else")
+    with pytest.raises(ParityError, match="hold different weights"):
+        word_of_all(held, published)
     nothing: list[Loaded | None] = [None] * 3
     assert word_of_all(nothing, None) is None
     nothing[wrong] = Loaded(0, "abc")
