@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from launch.machines import this_machine
-from launch.placement import device_of, one_process, settle
+from launch.placement import device_of, settle, several
 from launch.quiet import hush, hush_transformers
 from launch.roles import model_path
 from launch.terminal import Terminal
 from rlhf.config_io import resolved
 from rlhf.config_offline import OfflineConfig
-from rlhf.errors import Interrupted, PairloopError
+from rlhf.errors import InputError, Interrupted, PairloopError
 from rlhf.interrupts import Interrupts
 from rlhf.rounds import RunStore
 from rlhf.tracking import Trackers
@@ -28,7 +29,7 @@ def train(config: OfflineConfig) -> int:
     Raises PairloopError: bad input, a data gate, a broken update, or an interruption.
     """
     hush()
-    one_process(config)
+    alone(config)
     terminal = Terminal(config.tracking.plain)
     machine = this_machine()
     config = settle(config, machine)
@@ -59,6 +60,17 @@ def train(config: OfflineConfig) -> int:
         terminal.say(f"numbers: {store.folder / 'stats.json'}")
         terminal.say(f"policy: {store.round(1).path / 'policy'}")
     return 0
+
+
+def alone(config: OfflineConfig) -> None:
+    """Raises InputError where several processes were started or asked for: this one trains."""
+    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise InputError(
+            f"pairloop dpo trains in one process, but a launcher started {ranks}; start it without "
+            "the launcher (pairloop train goes over ranks)"
+        )
+    if (wanted := several(config)) is not None:
+        raise InputError(f"{wanted}: pairloop dpo trains in one process; leave it out")
 
 
 def rehearse(config: OfflineConfig) -> str:

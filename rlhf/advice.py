@@ -16,7 +16,8 @@ class Facts:
     first_loss: float
     last_loss: float
     chosen_logratio: float | None
-    """Mean log pi - log ref of chosen (good) held-out answers, nats a sequence."""
+    """Mean log-prob of chosen (good) held-out answers less what it was at the start, nats a
+    sequence."""
     validation_losses: tuple[float, ...]
 
 

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from rlhf.advice import Facts, advice
@@ -102,7 +103,11 @@ def run(config: OfflineConfig, store: RunStore, parts: Parts) -> dict[str, Any]:
     change = compare(before, after, config.run.seed)
     steps = round.path / _STEPS
     stats = round.record(
-        "stats", lambda: _stats(config, counts, first, read_metrics(steps)) | {"held_out": change}
+        "stats",
+        lambda: (
+            _stats(config, counts, first, read_metrics(steps), _raised(before, after))
+            | {"held_out": change}
+        ),
     )
     round.drop("trainer")
     write_json(store.folder / "stats.json", stats)
@@ -175,11 +180,22 @@ def _train(
         round.folder("policy", compute)
 
 
+def _raised(before: pl.DataFrame, after: pl.DataFrame) -> float:
+    """Mean change (nats) of the log-prob of chosen, or good, held-out answers, from two of
+    `answer_logps`."""
+    if "chosen" in after.columns:
+        change = after["chosen"] - before["chosen"]
+    else:
+        change = (after["completion"] - before["completion"]).filter(after["good"])
+    return float(np.mean(change.to_numpy())) if len(change) else 0.0
+
+
 def _stats(
     config: OfflineConfig,
     counts: Mapping[str, int],
     start: Mapping[str, float],
     steps: Sequence[Mapping[str, Any]],
+    raised: float,
 ) -> dict[str, Any]:
     ends = [number for number, step in enumerate(steps) if "validation_loss" in step]
     epochs = []
@@ -196,7 +212,8 @@ def _stats(
         accuracy=epochs[-1]["accuracy"],
         first_loss=steps[0]["loss"],
         last_loss=epochs[-1]["loss"],
-        chosen_logratio=epochs[-1].get(f"validation_logratio_{ratio}"),
+        # Without a reference there is no ratio, and what the best epoch did tells.
+        chosen_logratio=epochs[-1].get(f"validation_logratio_{ratio}", raised),
         validation_losses=tuple(found),
     )
     return {

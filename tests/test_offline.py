@@ -25,7 +25,7 @@ from rlhf.config_objective import Objective
 from rlhf.config_offline import Data, OfflineConfig
 from rlhf.errors import DataGateError, InputError, Interrupted
 from rlhf.held_out import compare
-from rlhf.offline import Tokens, fit, read_examples
+from rlhf.offline import Tokens, _raised, fit, read_examples
 from rlhf.protocols import TrackedRun
 
 GOOD, BAD = ("yes", "sure", "right", "fine", "well"), ("no", "never", "wrong", "bad", "poor")
@@ -191,10 +191,11 @@ def test_a_dry_run_tells_plan_memory_and_steps_without_weights(
     assert "records    18 train, 6 held out, of 24 clusters" in shown
     assert "steps      at most 9: 3 epochs of 3\n" in shown
     assert not (tmp_path / "runs").exists()
-    assert main([*command, "--machine", "1xT4-16GB"]) == 0
-    shown = capsys.readouterr().out
-    assert "DOES NOT FIT" in shown
-    assert "smallest change: --" in shown or "together: --" in shown
+    assert main([*command, "--machine", "1xT4-16GB"]) == 2
+    said = capsys.readouterr()
+    assert "DOES NOT FIT" in said.out
+    assert "smallest change: --" in said.out or "together: --" in said.out
+    assert "error: it does not fit 1xT4-16GB: " in said.err
     # What a training would refuse, a dry run does.
     for flag, error in (
         ("--objective.name=kto", "kto trains on labels"),
@@ -346,6 +347,38 @@ def test_too_many_long_records_stop_before_training(tmp_path: Path) -> None:
     assert 0 < counts["kept"] == table.height
     length = pl.col("prompt_token_ids").list.len() + pl.col("chosen_token_ids").list.len()
     assert table.select(length.max()).item() <= 8
+
+
+def test_what_chosen_answers_gained_is_known_without_a_reference() -> None:
+    before = pl.DataFrame({"chosen": [-10.0, -20.0], "rejected": [-5.0, -5.0]})
+    after = pl.DataFrame({"chosen": [-16.0, -28.0], "rejected": [-50.0, -5.0]})
+    assert _raised(before, after) == -7
+    good = [True, False, True]
+    before = pl.DataFrame({"completion": [-1.0, -2.0, -3.0], "good": good})
+    after = pl.DataFrame({"completion": [-2.0, -90.0, -7.0], "good": good})
+    assert _raised(before, after) == -2.5
+    nobody = after.with_columns(good=pl.lit(False))
+    assert _raised(nobody, nobody) == 0
+
+
+def test_a_training_on_a_file_is_refused_where_a_launcher_started_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = OfflineConfig.model_validate(
+        {
+            "run": {"name": "offline", "directory": str(tmp_path)},
+            "model": {"path": str(tmp_path)},
+            "data": {"path": str(tmp_path / "pairs.jsonl")},
+        }
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="trains in one process, but a launcher started 2"):
+        launch.offline.train(config)
+    monkeypatch.delenv("WORLD_SIZE")
+    wide = config.placement.model_copy(update={"kind": "spmd"})
+    with pytest.raises(InputError, match="placement.kind spmd: pairloop dpo trains in one process"):
+        launch.offline.train(config.model_copy(update={"placement": wide}))
+    assert not [*tmp_path.iterdir()]
 
 
 CALM = Facts(False, 1e-4, 0.8, 0.69, 0.5, 0.4, (0.6, 0.55))
