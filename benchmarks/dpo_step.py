@@ -1,6 +1,7 @@
 """A DPO step: pairloop, TRL's DPOTrainer and pairloop's plain padded way, on the same batch.
 
     python benchmarks/dpo_step.py [--sizes 256+64,64+128] [--pairs 4] [--repeats 5] [--json]
+    python benchmarks/dpo_step.py --profile [--sizes 256+64]
 
 SmolLM2-135M with LoRA on all linear layers, on this machine's CPU: forward, backward and AdamW (its
 rate 0, so that every step starts from the same weights) over pairs of random ids, the reference's
@@ -14,6 +15,9 @@ on; `padding_free` needs FlashAttention, which has no CPU build; the whole batch
 ways run on as many threads. `ceiling` is what sharing prompts could gain in tokens,
 (2P + Rc + Rr) / (P + Rc + Rr); `reached` is the share of it that pairloop gains over its own padded
 way. These are a CPU's ratios: a GPU's will differ.
+
+With `--profile`, where the time of a step goes, by kind of kernel on one thread: PyTorch's own
+account, which slows it by some percent.
 """
 
 from __future__ import annotations
@@ -230,9 +234,39 @@ def peak(case: Case, way: str) -> int:
     return most - empty
 
 
-def _elsewhere(task: dict[str, Any]) -> Any:
-    command = [sys.executable, str(Path(__file__).resolve()), "--task", json.dumps(task)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(task["case"]["threads"])}
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm"),
+    "attention": ("attention", "aten::_softmax"),
+    "head's softmax": ("log_softmax", "nll_loss", "logsumexp"),
+    "copies and indices": ("copy_", "index", "gather", "aten::cat", "aten::embedding", "fill_"),
+}
+"""Kind -> what a kernel's name holds; all others are element-wise or the interpreter's."""
+
+
+def profile(case: Case, way: str) -> dict[str, float]:
+    """Kind -> seconds of a step of a way in this process; `GFLOP` of its matrix products."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    (contender,) = build(case, (way,)).values()
+    torch.set_num_threads(1)
+    optimizer = torch.optim.AdamW(contender.parameters, lr=0.0, weight_decay=0.0)
+    step(contender, optimizer)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
+        step(contender, optimizer)
+    found = dict.fromkeys([*KINDS, "others"], 0.0)
+    flops = 0
+    for event in seen.key_averages():
+        names = (k for k, parts in KINDS.items() if any(part in event.key for part in parts))
+        found[next(names, "others")] += event.self_cpu_time_total / 1e6
+        flops += event.flops or 0
+    return found | {"GFLOP": flops / 1e9}
+
+
+def _elsewhere(do: str, case: Case, given: Any) -> Any:
+    task = json.dumps({"do": do, "case": asdict(case), "given": given})
+    command = [sys.executable, str(Path(__file__).resolve()), "--task", task]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(case.threads)}
     done = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, timeout=3600, env=environment
     )
@@ -241,9 +275,9 @@ def _elsewhere(task: dict[str, Any]) -> Any:
 
 def compare(case: Case, repeats: int) -> dict[str, Any]:
     """Everything about a case."""
-    ways = _elsewhere({"case": asdict(case), "repeats": repeats})
+    ways = _elsewhere("times", case, repeats)
     for way in WAYS:
-        ways[way]["peak_bytes"] = _elsewhere({"case": asdict(case), "way": way})
+        ways[way]["peak_bytes"] = _elsewhere("peak", case, way)
     faster = {
         f"against_{other}": ways[other]["seconds"] / ways["pairloop"]["seconds"]
         for other in WAYS[1:]
@@ -267,13 +301,14 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true", help="print a list of cases instead")
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes")
     parser.add_argument("--task", help="do this in this process; a JSON object")
     given = parser.parse_args()
     if given.task is not None:
         task = json.loads(given.task)
         case = Case(**task["case"])
-        done = peak(case, task["way"]) if "way" in task else times(case, task["repeats"])
-        print(json.dumps(done))
+        does = {"peak": peak, "profile": profile, "times": times}[task["do"]]
+        print(json.dumps(does(case, task["given"])))
         return
     rows = []
     for size in given.sizes.split(","):
@@ -287,11 +322,23 @@ def main() -> None:
             given.threads,
             given.model,
         )
+        if given.profile:
+            _show_profile(case)
+            continue
         rows.append(compare(case, given.repeats))
         if not given.json:
             _show(rows[-1])
-    if given.json:
+    if given.json and not given.profile:
         print(json.dumps(rows))
+
+
+def _show_profile(case: Case) -> None:
+    print(f"{case.prompt}+{case.completion}, {case.pairs} pairs, {case.precision}, one thread")
+    for way in WAYS:
+        found = _elsewhere("profile", case, way)
+        flops, total = found.pop("GFLOP"), sum(found.values())
+        shares = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in found.items())
+        print(f"{way:<9} {total:6.2f} s, {flops:,.0f} GFLOP: {shares}")
 
 
 def _show(row: dict[str, Any]) -> None:

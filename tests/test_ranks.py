@@ -45,6 +45,7 @@ OTHERS += [(stage, "merged", "dpo") for stage in (0, 2, 3)]
 OTHERS += [(3, "given", "dpo"), (3, "given-merged", "dpo")]
 # What is split lies in host memory; here that is where everything lies, but by other code.
 OTHERS += [(stage, f"{tuning}-offload", "dpo") for stage, tuning in SPLIT]
+OTHERS += [(stage, "qlora", "dpo") for stage in (0, 2)]
 BROKEN: list[dict[str, Any]] = [
     *({"stage": stage, "tuning": tuning} for stage, tuning, _ in DPO),
     {"stage": 0, "tuning": "lora", "value": "inf"},
@@ -53,6 +54,8 @@ BROKEN: list[dict[str, Any]] = [
     {"stage": 2, "tuning": "full", "what": "loss", "value": "inf"},
     *({"stage": stage, "tuning": "full", "precision": "bf16"} for stage in (0, 3)),
     *({"stage": stage, "tuning": "lora", "precision": "bf16"} for stage in (2, 3)),
+    # Skipped until there are too many in a row.
+    {"stage": 0, "tuning": "lora", "precision": "fp16"},
 ]
 
 TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
@@ -274,11 +277,15 @@ def test_what_is_not_finite_in_one_rank_stops_all_and_reaches_no_weight(
 ) -> None:
     errors = together[f"broken-{number}"]["errors"]
     assert len(errors) == RANKS and len(set(errors)) == 1
-    assert errors[0].startswith("step 2: loss ") and "not touched" in errors[0]
+    if BROKEN[number].get("precision") == "fp16":
+        assert "fp16 overflows in a row" in errors[0]
+    else:
+        assert errors[0].startswith("step 2: loss ") and "not touched" in errors[0]
     if BROKEN[number].get("what") == "loss":
         assert errors[0].startswith(f"step 2: loss {BROKEN[number].get('value', 'nan')},")
     out = folder / f"broken-{number}"
-    before = load_file(out / "trainer-1/checkpoints/000001/trained.safetensors")
+    first = min((out / "trainer-1/checkpoints").iterdir())
+    before = load_file(first / "trained.safetensors")
     after = load_file(out / "after.safetensors")
     assert before.keys() == after.keys() and before
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -294,10 +301,11 @@ def test_zero_3_gathers_the_head_once_a_pass(together: dict[str, Any], tuning: s
     assert counted["passes"] <= counted["gathers"] <= 2 * counted["passes"]
 
 
+@pytest.mark.parametrize(("stage", "tuning"), [case[:2] for case in DPO])
 def test_a_checkpoint_of_other_ranks_is_refused(
-    folder: Path, together: dict[str, Any], one_thread: None
+    folder: Path, together: dict[str, Any], one_thread: None, stage: int, tuning: str
 ) -> None:
-    case = described(folder / "model", 0, "lora", "dpo")
+    case = described(folder / "model", 0, tuning, "dpo") | {"name": name(stage, tuning, "dpo")}
     trial = Case(folder, case, ALONE)
-    with pytest.raises(InputError, match=r"was written by 2 ranks \(replicated\), and 1 \(repl"):
+    with pytest.raises(InputError, match=r"was written by 2 ranks \(.*\), and 1 \(repl"):
         trial.train(1)

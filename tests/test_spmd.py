@@ -59,6 +59,7 @@ LAUNCHERS: dict[str, tuple[list[str], int]] = {
     "zero1": (TORCHRUN, 1),
     "zero2": (accelerate("zero2"), 0),
     "zero3": (accelerate("zero3"), 0),
+    "zero3_offload": (accelerate("zero3_offload"), 0),
 }
 
 
