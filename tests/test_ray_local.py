@@ -69,18 +69,22 @@ assert own() == before, "what starts later is another's"
 """
 
 
-def test_it_listens_on_the_loopback_alone_and_asks_for_its_token() -> None:
+def alone(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What a script did that starts a cluster where nobody told it of another."""
     known = {n: v for n, v in {**os.environ, **environment()}.items() if not n.startswith("RAY_")}
-    known["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"
     with one_cluster():
-        done = subprocess.run(
-            [sys.executable, "-c", START, JOIN],
-            env=known,
+        return subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            env={**known, **variables},
             capture_output=True,
             text=True,
             timeout=1000,
             check=False,
         )
+
+
+def test_it_listens_on_the_loopback_alone_and_asks_for_its_token() -> None:
+    done = alone(START, JOIN, RAY_gcs_rpc_server_reconnect_timeout_s="10")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["heard"] and set(found["heard"]) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
@@ -92,18 +96,8 @@ def test_it_listens_on_the_loopback_alone_and_asks_for_its_token() -> None:
 
 
 def test_where_it_would_listen_to_others_it_is_refused() -> None:
-    known = {n: v for n, v in {**os.environ, **environment()}.items() if not n.startswith("RAY_")}
     start = "import ray\nfrom launch.ray_run import joined\nwith joined(): pass"
     # Without tokens, which Ray reads when it is imported, too.
-    known["RAY_AUTH_MODE"] = "disabled"
-    with one_cluster():
-        done = subprocess.run(
-            [sys.executable, "-c", start],
-            env=known,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+    done = alone(start, RAY_AUTH_MODE="disabled")
     assert done.returncode == 1
     assert "since it was imported before this run" in done.stderr, done.stderr
