@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ from rollout.judges.panel import (
     checked,
     score_all,
     suspicious,
+    telling,
 )
 
 Items = Sequence[tuple[Prompt, Completion]]
@@ -97,11 +98,12 @@ class Judging:
         asked = {j.name: self._beside.submit(j.score, items) for j in judges if beside(j)}
         return _Asked(judges, items, asked)
 
-    def check(self, scores: pl.DataFrame) -> None:
+    def check(self, parts: Iterable[pl.DataFrame]) -> None:
         """Tell what a stage's scores cost and which completions were suspicious.
 
         Raises DataGateError where judges abstained too often.
         """
+        scores = telling(parts)
         news = [line for judge in self._models if (line := judge.news())]
         for line in [*suspicious(scores), *news]:
             self._say(line)

@@ -36,7 +36,7 @@ def select(
     from rlhf.config_io import load
     from rlhf.files import atomic_folder, write_json, write_tables
     from rlhf.rules import Rules
-    from rlhf.selection_shards import shards_of, whole
+    from rlhf.selection_shards import in_turn, shards_of
     from rlhf.types import pairs_schema
 
     rules = Rules.of(load([config]))
@@ -49,7 +49,7 @@ def select(
         if ray:
             funnel, tables = ray_data.select(shards, rules, round)
         else:
-            selected = whole(shards, rules, round)
+            selected = in_turn(shards, rules, round)
             funnel, tables = selected.funnel, iter([selected.pairs])
         write_tables(tables, pairs_schema(rules.needed), staging / "pairs.parquet")
         write_json(staging / "funnel.json", funnel)

@@ -104,12 +104,18 @@ class Watch:
     gold: Sequence[GoldAnswer] = field(default_factory=tuple)
 
 
-def draw_answers(completions: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
+def draw_answers(parts: Iterable[pl.DataFrame], count: int, seed: int) -> pl.DataFrame:
     """At most `count` completions, `A_PROMPT` different ones of a prompt, drawn by a keyed hash.
 
     Prompts whose answers are all alike or empty have none; the result depends on the rows alone,
-    not on their order. Schema `COMPLETIONS`, sorted by prompt and sample.
+    not on their order. Schema `COMPLETIONS`, sorted by prompt and sample. All answers to a prompt
+    are in one part, and parts are in memory one after the other.
     """
+    # Whoever is drawn of all is drawn of its part.
+    return _drawn(pl.concat(_drawn(part, count, seed) for part in parts), count, seed)
+
+
+def _drawn(completions: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
     text = pl.col("text").str.strip_chars()
     draw = pl.concat_str("prompt_id", pl.lit("\n"), "sample").hash(seed)
     different = (

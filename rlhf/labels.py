@@ -8,16 +8,16 @@ of one prompt differ by the margin that a pair would need.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict
 
 import polars as pl
 
 from rlhf.candidates import DECIMALS, checked_candidates, chosen_steps
 from rlhf.funnel import Step
-from rlhf.noise import noise_of, settled
+from rlhf.noise import settled
 from rlhf.rules import Rules
-from rlhf.selection import SOURCE, Selected
+from rlhf.selection import SOURCE, Selected, Tables, noise_in
 from rlhf.types import pairs_schema
 
 
@@ -38,10 +38,10 @@ def labels_schema(dimensions: Sequence[str]) -> pl.Schema:
     return pl.Schema({**{n: pairs[n] for n in kept}, **answer, **{n: pairs[n] for n in last}})
 
 
-def select_labels(
-    completions: pl.DataFrame, scores: pl.DataFrame, prompts: pl.DataFrame, rules: Rules
-) -> Selected:
-    """Good and bad answers, with a funnel; arguments and errors as those of `select_pairs`.
+def select_labels(answered: Iterable[Tables], given: Rules) -> Selected:
+    """Good and bad answers, with a funnel; tables and errors as those of `select_pairs`.
+
+    All answers to a prompt are in one of `answered`, which is gone through once or twice.
 
     `distance` is how far an answer's value is from the mean of its prompt, and is positive. A text
     (stripped) or token ids that would be good here and bad there is neither. `max_pairs` keeps the
@@ -51,8 +51,28 @@ def select_labels(
     The table has the schema `labels_schema(rules.needed)`, sorted by prompt_id and sample. The
     funnel's `good` and `bad` list their steps, each with the answers left after it.
     """
+    rules = settled(given, lambda: noise_in(answered, given))
+    parts = [_labelled(tables, rules) for tables in answered]
+    good_steps, bad_steps = (_added([part[side] for part in parts]) for side in ("good", "bad"))
+    clear = pl.concat(part["labels"] for part in parts)
+    kept = _capped(clear, rules.max_pairs)
+    for steps, label in ((good_steps, pl.col("good")), (bad_steps, ~pl.col("good"))):
+        steps.append({"step": "one label a text", "answers": clear.filter(label).height})
+        steps.append({"step": "cap", "answers": kept.filter(label).height})
+    return Selected(kept, {"good": good_steps, "bad": bad_steps, "min_margin": rules.min_margin})
+
+
+class _Part(TypedDict):
+    """What is labelled of some prompts before the cap, and the steps of each side."""
+
+    labels: pl.DataFrame
+    good: list[dict[str, Any]]
+    bad: list[dict[str, Any]]
+
+
+def _labelled(tables: Tables, rules: Rules) -> _Part:
+    completions, scores, prompts = tables
     candidates = checked_candidates(completions, scores, prompts, rules)
-    rules = settled(rules, lambda: noise_of(scores, candidates, rules))
     answers = completions[candidates["row"]]
     about = candidates.with_columns(
         text=answers["text"].str.strip_chars(),
@@ -73,14 +93,16 @@ def select_labels(
         pl.col("good").n_unique().over("p", "ids") == 1,
     )
     named = clear.join(prompts.select("prompt_id", "category", "cluster", "prompt"), on="prompt_id")
-    kept = _capped(named.with_columns(pl.col("distance").abs()), rules.max_pairs)
-    for steps, label in ((good_steps, pl.col("good")), (bad_steps, ~pl.col("good"))):
-        steps.append({"step": "one label a text", "answers": clear.filter(label).height})
-        steps.append({"step": "cap", "answers": kept.filter(label).height})
-    return Selected(
-        _table(kept, completions, rules),
-        {"good": good_steps, "bad": bad_steps, "min_margin": rules.min_margin},
-    )
+    labels = _table(named.with_columns(pl.col("distance").abs()), completions, rules)
+    return {"labels": labels, "good": good_steps, "bad": bad_steps}
+
+
+def _added(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The same steps of several parts."""
+    return [
+        {**same[0], "answers": sum(step["answers"] for step in same)}
+        for same in zip(*parts, strict=True)
+    ]
 
 
 def _ahead(dimension: str) -> pl.Expr:

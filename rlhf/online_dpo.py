@@ -39,12 +39,12 @@ def run(config: RunConfig, store: RunStore, parts: Parts) -> Outcome:
         prompts = parts.sample(index)
         do.keep(round, prompts)
         do.watch_judges(round)
-        completions, scores = do.sample(round, prompts)
+        answered = do.sample(round, prompts)
         if index == 1:
-            do.check_cold_start(round, completions, scores)
-        pairs = do.select(round, prompts, completions, scores)
-        do.audit(round, prompts, completions, pairs)
-        data = do.label(round, prompts, completions, scores) if do.trains_on_labels else pairs
+            do.check_cold_start(round, answered)
+        pairs = do.select(round, answered)
+        do.audit(round, prompts, answered, pairs)
+        data = do.label(round, answered) if do.trains_on_labels else pairs
         with do.ahead(index + 1):
             do.train(round, data)
         do.evaluate(round, version=index)

@@ -9,7 +9,7 @@ command: at most the shard, table or folder under way is lost.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -140,7 +140,8 @@ class Round:
         for part in [*parts.missing]:
             check()
             parts.write(part, compute(part))
-        return parts.finish()
+        parts.finish()
+        return parts.table()
 
     def sharded(self, name: str, count: int) -> Shards:
         """The parts of `shards`, for whoever computes them in another order or several at once."""
@@ -248,7 +249,8 @@ def _checked(name: str) -> str:
 
 
 class Shards:
-    """A table that is stored in parts, in any order. A part that exists is complete."""
+    """A table that is stored in parts, in any order. A part that exists is complete; iterating
+    reads one after the other."""
 
     def __init__(self, files: Sequence[Path], finish: Callable[[], None]) -> None:
         self._files = files
@@ -266,11 +268,17 @@ class Shards:
         assert part not in self.missing, f"part {part} is read before it was stored"
         return read_parquet(self._files[part])
 
-    def finish(self) -> pl.DataFrame:
-        """Record that all parts are there; they come back one below the other."""
+    def finish(self) -> None:
+        """Record that all parts are there."""
         assert not self.missing, f"parts {self.missing} are missing"
         self._finish()
-        return pl.concat([read_parquet(f) for f in self._files], how="vertical", rechunk=True)
+
+    def __iter__(self) -> Iterator[pl.DataFrame]:
+        return map(self.read, range(len(self._files)))
+
+    def table(self) -> pl.DataFrame:
+        """All parts, one below the other."""
+        return pl.concat(self, how="vertical", rechunk=True)
 
 
 class RunStore:

@@ -10,8 +10,10 @@ Column suffixes: `_c` the chosen answer of a pair, `_r` the rejected one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import polars as pl
@@ -36,7 +38,7 @@ from rlhf.funnel import (
     left_after,
     unusable_scores,
 )
-from rlhf.noise import noise_of, settled
+from rlhf.noise import Noise, noise_from, noise_of, noise_sums, settled
 from rlhf.pairing import admissible_of, judged_pairs, pair_steps
 from rlhf.rules import Rules
 from rlhf.strategies import taken, why_not
@@ -55,6 +57,10 @@ __all__ = [
 ]
 
 SOURCE = "on_policy"
+
+
+Tables = tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]
+"""Completions, scores and prompts, as `select_pairs` takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +157,15 @@ def part_of(
     return Part(found, counts)
 
 
+def noise_in(answered: Iterable[Tables], rules: Rules) -> Noise:
+    """`noise_of` all tables, which are sound. Raises ValueError where they are not."""
+    sums = (
+        noise_sums(scores, checked_candidates(completions, scores, prompts, rules), rules)
+        for completions, scores, prompts in answered
+    )
+    return noise_from(reduce(add, sums), rules)
+
+
 def funnel_of(counts: Counts, kept: pl.DataFrame, rules: Rules) -> dict[str, Any]:
     """The funnel, from the counts of all prompts and the pairs (columns prompt_id and sample_c)
     that the cap left."""
@@ -176,7 +191,7 @@ def _left(pairs: pl.DataFrame) -> Left:
     return Left(chosen, pairs["prompt_id"].n_unique())
 
 
-def cold_start(completions: pl.DataFrame, scores: pl.DataFrame, rules: Rules) -> dict[str, Any]:
+def cold_start(answered: Iterable[Tables], rules: Rules) -> dict[str, Any]:
     """Whether the policy's answers hold anything to learn from, before any training.
 
     `passing_share`: share of prompts with an answer that may be chosen. `spread`: mean over prompts
@@ -186,16 +201,17 @@ def cold_start(completions: pl.DataFrame, scores: pl.DataFrame, rules: Rules) ->
     Raises:
         ValueError: no completions.
     """
-    if completions.is_empty():
-        raise ValueError("completions must not be empty")
-    by_prompt = (
+    by_prompt = pl.concat(
         candidates_of(completions, scores, rules)
         .group_by("prompt_id", maintain_order=True)
         .agg(
             pl.col("eligible").any(),
             pl.col("reward").filter("usable").std(ddof=0).alias("spread"),
         )
+        for completions, scores, _ in answered
     )
+    if by_prompt.is_empty():
+        raise ValueError("completions must not be empty")
     return {
         "passing_share": by_prompt["eligible"].mean(),
         "spread": by_prompt["spread"].mean(),

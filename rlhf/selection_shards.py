@@ -18,12 +18,13 @@ from typing import Any
 
 import polars as pl
 
-from rlhf.candidates import check_listed, checked_candidates
+from rlhf.candidates import KEY, check_listed, checked_candidates
 from rlhf.errors import InputError
+from rlhf.files import read_parquet
 from rlhf.funnel import Counts
-from rlhf.noise import NoiseSums, noise_sums
+from rlhf.noise import Noise, NoiseSums, noise_from, noise_sums, settled
 from rlhf.rules import Rules
-from rlhf.selection import Selected, capped, funnel_of, pairs_table, part_of, select_pairs
+from rlhf.selection import Selected, Tables, capped, funnel_of, pairs_table, part_of
 from rlhf.types import COMPLETIONS, SCORES
 
 SHARD_COMPLETIONS = 20_000
@@ -82,8 +83,43 @@ def shards_of(folder: Path, size: int = SHARD_COMPLETIONS) -> list[Shard]:
     return [Shard(tuple(c), tuple(s), prompts) for c, s in groups]
 
 
-def read(shard: Shard) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """Completions, their scores and their prompts, as `select_pairs` takes them."""
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Answers in files; whoever iterates has the tables of one shard after another in memory."""
+
+    shards: Sequence[Shard]
+
+    def __iter__(self) -> Iterator[Tables]:
+        return map(read, self.shards)
+
+    def completions(self, keys: pl.DataFrame) -> pl.DataFrame:
+        """Whole rows (schema `COMPLETIONS`) of some answers, by prompt_id and sample."""
+        parts = (path for shard in self.shards for path in shard.completions)
+        return pl.concat(read_parquet(part).join(keys, on=KEY, how="semi") for part in parts)
+
+
+def fresh(shards: Sequence[Shard], oldest: int) -> tuple[list[Shard], int]:
+    """Without the parts whose answers are of a policy version before `oldest`; how many answers
+    are in those."""
+    kept, stale = [], 0
+    for shard in shards:
+        completions, scores = list[Path](), list[Path]()
+        for answers, judged in zip(shard.completions, shard.scores, strict=True):
+            versions = pl.read_parquet(
+                answers, columns=["policy_version"], glob=False, hive_partitioning=False
+            )["policy_version"]
+            if (versions < oldest).any():
+                stale += versions.len()
+            else:
+                completions.append(answers)
+                scores.append(judged)
+        if completions:
+            kept.append(Shard(tuple(completions), tuple(scores), shard.prompts))
+    return kept, stale
+
+
+def read(shard: Shard) -> Tables:
+    """A shard's tables, without what selects nothing."""
     completions = pl.read_parquet(
         list(shard.completions), columns=list(_ANSWERS), glob=False, hive_partitioning=False
     )
@@ -97,22 +133,22 @@ def read(shard: Shard) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     return completions, scores, listed.filter(pl.col("prompt_id").is_in(ids.implode())).collect()
 
 
-def whole(shards: Sequence[Shard], rules: Rules, round: int) -> Selected:
-    """`select_pairs` of all shards at once.
+def in_turn(shards: Sequence[Shard], given: Rules, round: int) -> Selected:
+    """`select_pairs` of all shards, with one of them in memory at a time.
 
     Raises what `select_pairs` does, with InputError for what is wrong with the tables.
     """
-    answers = [path for shard in shards for path in shard.completions]
-    judged = [path for shard in shards for path in shard.scores]
-    completions = pl.read_parquet(
-        answers, columns=list(_ANSWERS), glob=False, hive_partitioning=False
-    )
-    scores = pl.read_parquet(judged, columns=list(_SCORES), glob=False, hive_partitioning=False)
-    prompts = pl.read_parquet(
-        shards[0].prompts, columns=list(_PROMPTS), glob=False, hive_partitioning=False
-    )
-    with _sound(shards[0].prompts.parent):
-        return select_pairs(completions, scores, prompts, rules, round)
+    check_prompts(shards[0].prompts)
+    rules = settled(given, lambda: noise(shards, given))
+    found = [shard_pairs(shard, rules, round) for shard in shards]
+    keys, funnel = together([small for small, _ in found], shards[0].prompts.parent, rules)
+    pairs = pl.concat(large for _, large in found).join(keys, on=list(PAIR), how="semi")
+    return Selected(pairs.sort(PAIR), funnel)
+
+
+def noise(shards: Sequence[Shard], rules: Rules) -> Noise:
+    """`noise_of` all shards."""
+    return noise_from(reduce(add, (shard_noise(shard, rules) for shard in shards)), rules)
 
 
 def shard_noise(shard: Shard, rules: Rules) -> NoiseSums:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ class Parts:
     """Asks the panel for scores; with True, the audit judges too."""
     judges_beside: bool
     """Whether judges work by themselves, while a generator or this process does other things."""
-    check_scores: Callable[[pl.DataFrame], None]
-    """Raises DataGateError where judges abstained too often."""
+    check_scores: Callable[[Iterable[pl.DataFrame]], None]
+    """Raises DataGateError where judges abstained too often in these tables together."""
     watch: Watch
     """How judges are watched while they train."""
     prompt_table: Callable[[Sequence[Prompt]], pl.DataFrame]
@@ -76,11 +76,13 @@ class StageBase:
         used = sampling or self.sampling(self.config.rollout.samples_per_prompt)
         return Draw(name, self.shards(prompts), version, used, audit)
 
-    def generate(self, round: Round, draw: Draw) -> pl.DataFrame:
+    def generate(self, round: Round, draw: Draw) -> Shards:
         """Completions, shard by shard."""
-        return self._generate(round, draw, round.sharded(draw.name, len(draw.shards)), None)
+        completions = round.sharded(draw.name, len(draw.shards))
+        self._generate(round, draw, completions, None)
+        return completions
 
-    def answer(self, round: Round, draw: Draw) -> tuple[pl.DataFrame, pl.DataFrame]:
+    def answer(self, round: Round, draw: Draw) -> tuple[Shards, Shards]:
         """Completions and their scores, however many are abstentions. Where judges work by
         themselves, a shard is judged while others are drawn."""
         count = len(draw.shards)
@@ -88,7 +90,7 @@ class StageBase:
         ahead = self._ahead.pop((round.index, draw.name), {})
         judged = Judged(draw, scores, self.parts.ask, ahead)
         beside = judged if self.parts.judges_beside else None
-        drawn = self._generate(round, draw, completions, beside)
+        self._generate(round, draw, completions, beside)
         check = self.parts.interrupts.check
         with (
             self.timed(round, draw.scores),
@@ -101,19 +103,20 @@ class StageBase:
             while judged.store_next():
                 advance(count - len(scores.missing))
                 check()
-            return drawn, scores.finish()
+            scores.finish()
+        return completions, scores
 
-    def trusted(self, round: Round, draw: Draw) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """`answer`, for scores that something depends on. Raises DataGateError on too many
+    def trusted(self, round: Round, draw: Draw) -> Shards:
+        """The scores of `answer`, where something depends on them. Raises DataGateError on too many
         abstentions."""
-        completions, scores = self.answer(round, draw)
+        _, scores = self.answer(round, draw)
         try:
             self.parts.check_scores(scores)
         except DataGateError:
             # Once the judge is mended, the same command scores these answers again.
             round.drop(draw.scores)
             raise
-        return completions, scores
+        return scores
 
     @contextmanager
     def drawing_ahead(self, round: Round, draw: Draw) -> Iterator[None]:
@@ -158,7 +161,7 @@ class StageBase:
 
     def _generate(
         self, round: Round, draw: Draw, completions: Shards, judged: Judged | None
-    ) -> pl.DataFrame:
+    ) -> None:
         """Draw what is missing; `judged` is offered each shard."""
         check = self.parts.interrupts.check
         count, tokens = 0, 0
@@ -179,7 +182,7 @@ class StageBase:
                 if completions.missing:
                     check()
             note.update(completions=count, tokens=tokens)
-            return completions.finish()
+            completions.finish()
 
     def _missing(self, draw: Draw, wanted: Sequence[int]) -> Iterator[tuple[int, pl.DataFrame]]:
         if not wanted:

@@ -21,7 +21,8 @@ from rlhf.policy_drift import divergence, sampled, spread
 from rlhf.protocols import Sampling
 from rlhf.round_data import RoundData, reference_logps
 from rlhf.rounds import Round
-from rlhf.selection import check_cold_start, cold_start, select_pairs
+from rlhf.selection import check_cold_start, cold_start
+from rlhf.selection_shards import Answered, fresh, in_turn, shards_of
 from rlhf.stage_base import title, unreachable
 from rlhf.summary import model_card, write_summary
 from rlhf.tracking import answer_rows, pair_rows
@@ -43,25 +44,26 @@ class Outcome:
 class Stages(WatchStages):
     """The loop's stages, each done once and timed."""
 
-    def sample(self, round: Round, prompts: Sequence[Prompt]) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """A round's completions and the panel's scores of them, from the version before it.
+    def sample(self, round: Round, prompts: Sequence[Prompt]) -> Answered:
+        """A round's completions and the panel's scores of them, from the version before it: files,
+        since they may be more than this process should hold.
 
-        Answers of a version that lies further back than `rounds.max_staleness` allows are left out
-        of both. No stage of this one draws any: whoever changes that is seen here.
+        Answers of a version that lies further back than `rounds.max_staleness` allows are left out.
+        No stage of this one draws any: whoever changes that is seen here.
 
         Raises DataGateError on too many abstentions.
         """
         assert round.index is not None
         before = round.index - 1
-        completions, scores = self.trusted(round, self.draw("completions", prompts, before))
-        behind = before - pl.col("policy_version")
-        kept = completions.filter(behind <= self.config.rounds.max_staleness)
-        if stale := completions.height - kept.height:
+        self.trusted(round, self.draw("completions", prompts, before))
+        kept, stale = fresh(shards_of(round.path), before - self.config.rounds.max_staleness)
+        if stale:
             self.parts.reporter.say(f"{title(round)}: {stale} completions are too old and left out")
-            scores = scores.join(
-                kept, on=["prompt_id", "sample"], how="semi", maintain_order="left"
+        if not kept:
+            raise DataGateError(
+                f"{title(round)}: every completion is older than rounds.max_staleness"
             )
-        return kept, scores
+        return Answered(kept)
 
     @contextmanager
     def ahead(self, index: int) -> Iterator[None]:
@@ -77,37 +79,29 @@ class Stages(WatchStages):
         with self.drawing_ahead(round, self.draw("completions", prompts, index - 2)):
             yield
 
-    def check_cold_start(
-        self, round: Round, completions: pl.DataFrame, scores: pl.DataFrame
-    ) -> None:
+    def check_cold_start(self, round: Round, answered: Answered) -> None:
         """Raises DataGateError where the start has too little to learn from."""
-        found = round.record("cold_start", lambda: cold_start(completions, scores, self.rules))
+        found = round.record("cold_start", lambda: cold_start(answered, self.rules))
         check_cold_start(found, self.config.selection.cold_start)
 
-    def select(
-        self,
-        round: Round,
-        prompts: Sequence[Prompt],
-        completions: pl.DataFrame,
-        scores: pl.DataFrame,
-    ) -> pl.DataFrame:
+    def select(self, round: Round, answered: Answered) -> pl.DataFrame:
         """Pairs and the funnel that explains every loss.
 
         Raises DataGateError if there is no pair, or chosen answers are worse on a dimension and
         `selection.on_inversion` is `error`.
         """
-        index, about = round.index, self.parts.prompt_table(prompts)
+        index = round.index
         assert index is not None
         certified, asked = self.retest_sd(round)
         rules = replace(self.rules, certified_sd=certified, canary_sd=asked)
 
         @cache
         def selected() -> Any:
-            return select_pairs(completions, scores, about, rules, index)
+            return in_turn(answered.shards, rules, index)
 
         def analysed() -> dict[str, Any]:
             draw = Draw(index, self.config.evaluation.bootstrap)
-            return analyse(completions, scores, about, pairs, rules, draw)
+            return analyse(answered, pairs, rules, draw)
 
         with self.timed(round, "pairs") as note:
             funnel = round.record("funnel", lambda: selected().funnel)
@@ -116,7 +110,7 @@ class Stages(WatchStages):
             note["pairs"] = pairs.height
         kept = funnel["yield"]
         self.parts.reporter.say(
-            f"{title(round)} pairs: {pairs.height} of {len(prompts)} prompts "
+            f"{title(round)} pairs: {pairs.height} of {analysis['prompts']} prompts "
             f"(best and worst, then filter, would keep {kept['best_and_worst_then_filter']} of "
             f"{kept['largest_admissible']})"
         )
@@ -125,7 +119,7 @@ class Stages(WatchStages):
         if pairs.is_empty() and not self.trains_on_labels:
             lost = max(funnel["steps"], key=lambda s: s["lost_prompts"])
             raise DataGateError(
-                f"{title(round)}: no pair is left of {len(prompts)} prompts; most fell at "
+                f"{title(round)}: no pair is left of {analysis['prompts']} prompts; most fell at "
                 f"{lost['step']} ({lost['lost_prompts']} prompts: {lost['why']}). "
                 f"The whole funnel is in {round.path / 'funnel.json'}"
             )
@@ -142,23 +136,16 @@ class Stages(WatchStages):
         """Whether the objective wants single good and bad answers; pairs then only inform."""
         return self.config.objective.needs.data == "labels"
 
-    def label(
-        self,
-        round: Round,
-        prompts: Sequence[Prompt],
-        completions: pl.DataFrame,
-        scores: pl.DataFrame,
-    ) -> pl.DataFrame:
+    def label(self, round: Round, answered: Answered) -> pl.DataFrame:
         """Single answers that are good or bad, and their funnel.
 
         Raises DataGateError unless there are answers of both kinds: of one kind alone, the policy
         would learn to say everything, or nothing.
         """
-        about = self.parts.prompt_table(prompts)
 
         @cache
         def selected() -> Any:
-            return select_labels(completions, scores, about, self.rules)
+            return select_labels(answered, self.rules)
 
         with self.timed(round, "labels") as note:
             funnel = round.record("labels_funnel", lambda: selected().funnel)
@@ -171,8 +158,8 @@ class Stages(WatchStages):
             if not count:
                 steps = [f"{step['answers']} after {step['step']}" for step in funnel[kind]]
                 raise DataGateError(
-                    f"{title(round)}: no {kind} answer is left of {len(prompts)} prompts "
-                    f"({', '.join(steps)}), and {self.config.objective.name} needs both kinds"
+                    f"{title(round)}: no {kind} answer is left ({', '.join(steps)}), and "
+                    f"{self.config.objective.name} needs both kinds"
                 )
         if advice := weights_advice(self.config.objective, good, bad):
             self.parts.reporter.say(f"{title(round)} {advice}")
@@ -238,7 +225,7 @@ class Stages(WatchStages):
             fresh = Sampling(1, 1.0, 1.0, self.config.rollout.max_new_tokens, self.config.run.seed)
             drawn = self.generate(round, self.draw("evaluation/fresh", prompts, version, fresh))
             with self.timed(round, "drift"):
-                round.record("drift", lambda: self._drift(drawn, version, before))
+                round.record("drift", lambda: self._drift(drawn.table(), version, before))
         found = round.record("evaluation", lambda: self._evaluation(round, version))
         values = {name: score["value"] for name, score in found["scores"].items()}
         drift = round.stored("drift")
@@ -319,11 +306,12 @@ class Stages(WatchStages):
     ) -> pl.DataFrame:
         sampling = self.sampling(self.config.evaluation.samples_per_prompt)
         draw = self.draw(f"{name}/completions", prompts, version, sampling, audit=True)
-        _, scores = self.trusted(round, draw)
+        scores = self.trusted(round, draw)
         audit = [judge.name for judge in self.config.judges.audit]
         about = self.parts.prompt_table(prompts)
         return round.table(
-            f"{name}/per_prompt", lambda: per_prompt(scores, about, self.config.weights, audit)
+            f"{name}/per_prompt",
+            lambda: per_prompt(scores.table(), about, self.config.weights, audit),
         )
 
     def _keep_greedy(self, round: Round, version: int) -> None:
@@ -337,7 +325,9 @@ class Stages(WatchStages):
             if version > 0:
                 shown = prompts[: self.config.tracking.samples]
                 self.parts.trackers.table(
-                    version, "greedy", lambda: answer_rows(shown, self._start_greedy(), drawn)
+                    version,
+                    "greedy",
+                    lambda: answer_rows(shown, self._start_greedy(), drawn.table()),
                 )
 
     def _start_greedy(self) -> pl.DataFrame:

@@ -16,6 +16,7 @@ from rlhf.drift import Bootstrap, Limits, examine
 from rlhf.errors import DataGateError, InputError
 from rlhf.pair_audit import SHEETS, audited, check_audit, draw_pairs, said, sheet_of
 from rlhf.rounds import Round
+from rlhf.selection_shards import Answered
 from rlhf.stage_base import StageBase, title, unreachable
 from rlhf.types import Prompt, completions_of
 
@@ -73,7 +74,7 @@ class WatchStages(StageBase):
         self,
         round: Round,
         prompts: Sequence[Prompt],
-        completions: pl.DataFrame,
+        answered: Answered,
         pairs: pl.DataFrame,
     ) -> None:
         """Draw some of the round's pairs and ask the audit judges which answers they prefer.
@@ -89,7 +90,7 @@ class WatchStages(StageBase):
         with self.timed(round, "audit"):
             drawn = round.table("audit/pairs", lambda: draw_pairs(pairs, count, seed))
             judged = [(j.name, d) for j in self.config.judges.audit for d in j.dimensions]
-            items = self._answers_of(drawn, prompts, completions)
+            items = self._answers_of(drawn, prompts, answered)
             scores = round.table("audit/scores", lambda: self.parts.watch.audit(items))
             found = round.record("audit", lambda: audited(drawn, scores, judged, resamples))
             self._offer_sheet(index, drawn, prompts)
@@ -184,14 +185,14 @@ class WatchStages(StageBase):
         }
 
     def _answers_of(
-        self, pairs: pl.DataFrame, prompts: Sequence[Prompt], completions: pl.DataFrame
+        self, pairs: pl.DataFrame, prompts: Sequence[Prompt], answered: Answered
     ) -> Items:
         """Both answers of every pair, each once, with their prompts."""
         known = {p.prompt_id: p for p in prompts}
         keys = pl.concat(
             pairs.select("prompt_id", sample=f"{role}_sample") for role in ("chosen", "rejected")
         )
-        answers = completions.join(keys, on=["prompt_id", "sample"], how="semi")
+        answers = answered.completions(keys.unique())
         rows = completions_of(answers.sort("prompt_id", "sample"))
         return [(known[c.prompt_id], c) for c in rows]
 

@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal, NamedTuple
 
@@ -25,9 +25,10 @@ from scipy import stats
 from rlhf.candidates import KEY, candidates_of, score_wide, with_eligible
 from rlhf.duplicates import similarities
 from rlhf.errors import DataGateError
-from rlhf.noise import noise_of, noise_record, settled
+from rlhf.noise import noise_record, settled
 from rlhf.pairing import pick
 from rlhf.rules import Rules
+from rlhf.selection import Tables, noise_in
 from rlhf.statistics import Interval, cluster_mean, standard_error
 
 ANALYSED_PROMPTS = 20_000
@@ -48,36 +49,33 @@ class Draw(NamedTuple):
 
 
 def analyse(
-    completions: pl.DataFrame,
-    scores: pl.DataFrame,
-    prompts: pl.DataFrame,
-    pairs: pl.DataFrame,
-    rules: Rules,
-    draw: Draw,
+    answered: Iterable[Tables], pairs: pl.DataFrame, rules: Rules, draw: Draw
 ) -> dict[str, Any]:
     """The JSON-able record `selection.json`.
 
-    `pairs` are what `select_pairs` made of the other arguments. `scores` are those of the panel
-    alone: audit judges must not speak here.
+    `pairs` are what `select_pairs` made of all tables of `answered`, which are gone through several
+    times; all answers to a prompt are in one of them. Scores are those of the panel alone: audit
+    judges must not speak here.
 
     Raises InputError and DataGateError as `select_pairs` does.
     """
-    candidates = candidates_of(completions, scores, rules)
-    noise = noise_of(scores, candidates, rules)
+    noise = noise_in(answered, rules)
     rules = settled(rules, lambda: noise)
-    few = _drawn(candidates, rules.draw_seed(draw.round))
+    asked = pl.concat(completions["prompt_id"].unique() for completions, *_ in answered)
+    completions, scores, prompts = _of(answered, _drawn(asked, rules.draw_seed(draw.round)))
+    few = candidates_of(completions, scores, rules)
     costs = constraint_costs(few, completions, rules, draw.round)
     return {
         "strategy": rules.strategy,
         "pairs": pairs.height,
-        "prompts": candidates["p"].n_unique(),
+        "prompts": asked.len(),
         "min_margin": rules.min_margin,
         "noise": noise_record(noise, pairs["margin"].to_numpy()),
-        "split_votes": split_votes(completions, scores, few, prompts, rules, draw),
+        "split_votes": split_votes(completions, scores, prompts, rules, draw),
         "constraints": costs,
         "suggestion": suggestion(costs),
         "similarity": similarity(pairs, rules.draw_seed(draw.round)),
-        "inversion": inversion(pairs, scores, draw.resamples, rules.seed),
+        "inversion": inversion(pairs, _scores_of(answered, pairs), draw.resamples, rules.seed),
     }
 
 
@@ -186,7 +184,6 @@ def _effect(alternative: Mapping[str, Any]) -> str:
 def split_votes(
     completions: pl.DataFrame,
     scores: pl.DataFrame,
-    candidates: pl.DataFrame,
     prompts: pl.DataFrame,
     rules: Rules,
     draw: Draw,
@@ -199,18 +196,14 @@ def split_votes(
     exact and stands in both halves. None where no dimension has votes, or a needed one has fewer
     than two.
     """
-    ids = candidates["prompt_id"].unique()
-    answered, judged = (
-        table.filter(pl.col("prompt_id").is_in(ids.implode())) for table in (completions, scores)
-    )
     noisy = sorted(set(rules.needed) - set(rules.deterministic))
-    votes = judged.filter(pl.col("dimension").is_in(noisy), pl.col("votes").list.len() >= 2)
+    votes = scores.filter(pl.col("dimension").is_in(noisy), pl.col("votes").list.len() >= 2)
     if not noisy or votes["dimension"].n_unique() < len(noisy):
         return None
-    halves = [candidates_of(answered, _half(judged, noisy, half), rules) for half in (0, 1)]
+    halves = [candidates_of(completions, _half(scores, noisy, half), rules) for half in (0, 1)]
     found = []
     for chooser, measurer in (halves, halves[::-1]):
-        picked = pick(chooser, answered, rules, draw.round)
+        picked = pick(chooser, completions, rules, draw.round)
         chosen, rejected = (measurer["value"].gather(picked[side]) for side in ("c", "r"))
         measured = picked.select("margin", prompt_id=chooser["prompt_id"].gather(picked["c"]))
         found.append(measured.with_columns(measured=chosen - rejected))
@@ -338,13 +331,27 @@ def _noise_line(noise: Mapping[str, Any]) -> str:
     )
 
 
-def _drawn(candidates: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """Candidates of at most `ANALYSED_PROMPTS` prompts."""
-    ids = candidates.select(pl.col("prompt_id").unique())
-    if ids.height <= ANALYSED_PROMPTS:
-        return candidates
-    drawn = ids.sort(pl.col("prompt_id").hash(seed), "prompt_id").head(ANALYSED_PROMPTS)
-    return candidates.join(drawn, on="prompt_id", how="semi", maintain_order="left")
+def _drawn(prompt_ids: pl.Series, seed: int) -> pl.DataFrame:
+    """At most `ANALYSED_PROMPTS` of them."""
+    ids = prompt_ids.to_frame()
+    return ids.sort(pl.col("prompt_id").hash(seed), "prompt_id").head(ANALYSED_PROMPTS)
+
+
+def _of(answered: Iterable[Tables], prompt_ids: pl.DataFrame) -> Tables:
+    """What the tables hold of some prompts."""
+    few = [
+        [t.join(prompt_ids, on="prompt_id", how="semi", maintain_order="left") for t in tables]
+        for tables in answered
+    ]
+    completions, scores, prompts = (pl.concat(parts) for parts in zip(*few, strict=True))
+    return completions, scores, prompts
+
+
+def _scores_of(answered: Iterable[Tables], pairs: pl.DataFrame) -> pl.DataFrame:
+    """All scores of the answers of pairs."""
+    sides = (pairs.select("prompt_id", sample=f"{s}_sample") for s in ("chosen", "rejected"))
+    keys = pl.concat(sides).unique()
+    return pl.concat(scores.join(keys, on=KEY, how="semi") for _, scores, _ in answered)
 
 
 def _interval(table: pl.DataFrame, column: str, resamples: int, seed: int) -> Interval:

@@ -80,7 +80,7 @@ class Runs:
         prompts = round.stored_table("prompts")
         found = select_pairs(completions, scores, prompts, rules)
         draw = Draw(index, self.config.evaluation.bootstrap)
-        analysis = analyse(completions, scores, prompts, found.pairs, rules, draw)
+        analysis = analyse([(completions, scores, prompts)], found.pairs, rules, draw)
         round.record("funnel", lambda: found.funnel)
         round.record("selection", lambda: analysis)
         round.table("pairs", lambda: found.pairs)

@@ -26,6 +26,7 @@ from rlhf.protocols import Job, Sampling
 from rlhf.rounds import RunStore
 from rlhf.stages import Stages
 from rlhf.types import Completion, Prompt, Score, completions_table, scores_table
+from rollout.prompts import prompt_table
 
 SHARDS = tuple(f"p{i}" for i in range(0, 12, 2))
 """Each by its first prompt."""
@@ -168,17 +169,27 @@ def stages(
         trackers=SimpleNamespace(replay=lambda _: None, log=lambda *_: None, lost={}),
         interrupts=SimpleNamespace(check=check),
         watch=SimpleNamespace(judges=[], gold=[], ask=lambda _: pl.DataFrame()),
-        prompt_table=lambda prompts: pl.DataFrame({"prompt_id": [p.prompt_id for p in prompts]}),
+        prompt_table=prompt_table,
     )
     made = RunConfig.model_validate(values)
     with RunStore.open(made) as store:
         yield Stages(made, store, parts), said
 
 
+def sampled(do: Stages, index: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Completions and scores of a round, as they are stored."""
+    round = do.store.round(index)
+    do.keep(round, PROMPTS)
+    shards = do.sample(round, PROMPTS).shards
+    completions = [pl.read_parquet(path) for shard in shards for path in shard.completions]
+    scores = [pl.read_parquet(path) for shard in shards for path in shard.scores]
+    return pl.concat(completions), pl.concat(scores)
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[pl.DataFrame, pl.DataFrame]:
     with stages(tmp_path_factory.mktemp("plain"), Generators(), Ready()) as (do, _):
-        return do.sample(do.store.round(1), PROMPTS)
+        return sampled(do, 1)
 
 
 @settings(max_examples=10, deadline=None)
@@ -196,7 +207,7 @@ def test_the_order_of_arrival_changes_nothing_and_a_late_shard_holds_no_other(
         stages(folder, Generators(drawing), judges) as (do, _),
         answering(judges, [*order, late]),
     ):
-        found = do.sample(do.store.round(1), PROMPTS)
+        found = sampled(do, 1)
     for one, other in zip(found, expected, strict=True):
         assert one.equals(other)
 
@@ -205,14 +216,14 @@ def test_judges_are_asked_about_a_shard_before_the_next_is_drawn(tmp_path: Path)
     judges, seen = Ready(), list[int]()
     generators = Generators(before=lambda _: seen.append(len(judges.asked)))
     with stages(tmp_path, generators, judges) as (do, _):
-        do.sample(do.store.round(1), PROMPTS)
+        sampled(do, 1)
     assert seen == [0, 1, 2, 3, 4, 5]
 
 
 def test_drawing_waits_for_judges_that_fall_behind(tmp_path: Path) -> None:
     judges = Elsewhere()
     with stages(tmp_path, Generators(), judges) as (do, _), answering(judges, SHARDS, 0.1):
-        do.sample(do.store.round(1), PROMPTS)
+        sampled(do, 1)
     assert judges.most == AT_ONCE < len(SHARDS)
 
 
@@ -229,11 +240,11 @@ def test_scores_that_were_there_are_stored_before_a_stop(
         stages(tmp_path, Generators(), judges, check) as (do, _),
         pytest.raises(Interrupted, match="a signal"),
     ):
-        do.sample(do.store.round(1), PROMPTS)
+        sampled(do, 1)
     assert len(list((tmp_path / "runs/trial/rounds/0001/scores").iterdir())) == 3
     again = Ready()
     with stages(tmp_path, Generators(), again) as (do, _):
-        found = do.sample(do.store.round(1), PROMPTS)
+        found = sampled(do, 1)
     assert again.asked == list(SHARDS[3:])
     assert all(one.equals(other) for one, other in zip(found, expected, strict=True))
 
@@ -247,7 +258,7 @@ def test_a_shard_that_was_drawn_before_is_judged_with_the_others(
         shards = do.store.round(1).sharded("completions", 6)
         shards.write(0, completions_table(drawn(first, 0)))
         with answering(judges, ["p6", "p4", "p0", "p2", "p8", "p10"], 0.2):
-            found = do.sample(do.store.round(1), PROMPTS)
+            found = sampled(do, 1)
     assert sorted(judges.asked) == sorted(SHARDS)
     assert all(one.equals(other) for one, other in zip(found, expected, strict=True))
 
@@ -264,7 +275,7 @@ def test_a_round_that_was_begun_ahead_goes_on_with_the_newer_version(tmp_path: P
         with do.ahead(2):
             assert two_drawn.wait(20)
             trained.set()
-        completions, scores = do.sample(do.store.round(2), PROMPTS)
+        completions, scores = sampled(do, 2)
     assert said[0] == "round 2: 3 of 6 shards drawn ahead"
     versions = completions.group_by("prompt_id").agg(pl.col("policy_version").unique())
     behind = versions.explode("policy_version").filter(pl.col("policy_version") == 0)
@@ -277,7 +288,7 @@ def test_nothing_is_drawn_ahead_of_a_round_that_must_be_on_policy(tmp_path: Path
     with stages(tmp_path, Generators(), Ready()) as (do, _):
         with do.ahead(2):
             pass
-        completions, _ = do.sample(do.store.round(2), PROMPTS)
+        completions, _ = sampled(do, 2)
     assert completions["policy_version"].unique().to_list() == [1]
 
 
@@ -286,7 +297,7 @@ def test_what_is_older_than_allowed_is_left_out_and_told(tmp_path: Path) -> None
         old = do.draw("completions", PROMPTS, 0)
         shards = do.store.round(3).sharded("completions", 6)
         shards.write(4, completions_table(drawn(old.shards[4], 0)))
-        completions, scores = do.sample(do.store.round(3), PROMPTS)
+        completions, scores = sampled(do, 3)
     assert said == ["round 3: 4 completions are too old and left out"]
     assert completions["policy_version"].unique().to_list() == [2]
     assert completions.height == scores.height == 20

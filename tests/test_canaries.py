@@ -224,14 +224,14 @@ def completions(texts: dict[str, list[str]]) -> pl.DataFrame:
 def test_canaries_are_two_different_answers_of_a_prompt_whatever_the_rows_order() -> None:
     texts = {f"p{i}": ["", "same", "same", f"other {i}", f"third {i}"] for i in range(40)}
     table = completions({**texts, "collapsed": ["same", "same", " "]})
-    drawn = draw_answers(table, 32, seed=7)
+    drawn = draw_answers([table], 32, seed=7)
     assert drawn.height == 32
     by_prompt = drawn.group_by("prompt_id").agg(pl.col("text").n_unique(), pl.len())
     assert by_prompt["len"].unique().to_list() == by_prompt["text"].unique().to_list() == [2]
     assert "" not in drawn["text"].to_list() and "collapsed" not in drawn["prompt_id"].to_list()
-    assert drawn.equals(draw_answers(table.sample(fraction=1, shuffle=True, seed=1), 32, seed=7))
-    assert not drawn.equals(draw_answers(table, 32, seed=8))
-    assert draw_answers(table.filter(prompt_id="collapsed"), 32, seed=7).is_empty()
+    assert drawn.equals(draw_answers([table.sample(fraction=1, shuffle=True, seed=1)], 32, seed=7))
+    assert not drawn.equals(draw_answers([table], 32, seed=8))
+    assert draw_answers([table.filter(prompt_id="collapsed")], 32, seed=7).is_empty()
 
 
 def pairs_of(count: int) -> pl.DataFrame:

@@ -28,6 +28,7 @@ from rlhf.canaries import SAID, GoldAnswer, Items, Watch, WatchedJudge
 from rlhf.config import RunConfig
 from rlhf.errors import DataGateError, InputError
 from rlhf.rounds import Round, RunStore
+from rlhf.selection_shards import Answered, Shard
 from rlhf.types import Completion, Prompt, Score, completions_table, pairs_schema, scores_table
 from rlhf.verdict import stamps
 from rlhf.watch_stages import WatchStages
@@ -158,8 +159,8 @@ class Judges:
 class Watching(WatchStages):
     """A watch over a run whose every answer is drawn."""
 
-    def generate(self, round: Round, draw: Draw) -> pl.DataFrame:
-        return DRAWN
+    def generate(self, round: Round, draw: Draw) -> Any:
+        return [DRAWN]
 
 
 @contextmanager
@@ -262,6 +263,13 @@ def test_gold_canaries_stay_as_the_run_began(tmp_path: Path) -> None:
         do.watch_judges(do.store.round(2))
 
 
+def drawn(folder: Path) -> Answered:
+    """`DRAWN` as a round stores it."""
+    part = folder / "drawn.parquet"
+    DRAWN.write_parquet(part)
+    return Answered([Shard((part,), (), part)])
+
+
 def pairs_by(score: Callable[[str], float]) -> pl.DataFrame:
     """A pair a prompt, of samples 0 and 1."""
     rows = []
@@ -278,7 +286,7 @@ def pairs_by(score: Callable[[str], float]) -> pl.DataFrame:
 def test_an_audit_judge_that_prefers_the_rejected_ones_stops_or_warns(tmp_path: Path) -> None:
     pairs = pairs_by(fair)
     with stages(tmp_path / "warn", Judges(fair)) as (do, said):
-        do.audit(do.store.round(1), PROMPTS, DRAWN, pairs)
+        do.audit(do.store.round(1), PROMPTS, drawn(tmp_path), pairs)
         record = do.store.round(1).stored("audit")
     assert record["judges"][0]["against"] == record["pairs"] == 12
     assert "audit of 12 pairs: onlooker on words agrees with 0.00 of them" in said[0]
@@ -291,14 +299,14 @@ def test_an_audit_judge_that_prefers_the_rejected_ones_stops_or_warns(tmp_path: 
 
     strict = stages(tmp_path / "error", Judges(fair), on_inversion="error")
     with strict as (do, _), pytest.raises(DataGateError, match="onlooker on words"):
-        do.audit(do.store.round(1), PROMPTS, DRAWN, pairs)
+        do.audit(do.store.round(1), PROMPTS, drawn(tmp_path), pairs)
 
 
 def test_what_a_person_hands_in_is_shown_beside_the_audit_judge(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with stages(tmp_path, Judges(fair)) as (do, _):
-        do.audit(do.store.round(1), PROMPTS, DRAWN, pairs_by(fair))
+        do.audit(do.store.round(1), PROMPTS, drawn(tmp_path), pairs_by(fair))
     run = tmp_path / "runs/trial"
     sheet = run / "sheets/0001"
     with (sheet / "sheet.csv").open(encoding="utf-8-sig", newline="") as file:
@@ -325,7 +333,7 @@ def test_a_sheet_that_a_person_writes_in_disturbs_no_resumed_run(tmp_path: Path)
     pairs = pairs_by(fair)
     for _ in range(2):
         with stages(tmp_path, Judges(fair)) as (do, _):
-            do.audit(do.store.round(1), PROMPTS, DRAWN, pairs)
+            do.audit(do.store.round(1), PROMPTS, drawn(tmp_path), pairs)
         sheet = tmp_path / "runs/trial/sheets/0001/sheet.csv"
         sheet.write_text(sheet.read_text() + "a note\n")
     assert sheet.read_text().count("a note") == 2

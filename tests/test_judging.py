@@ -211,7 +211,7 @@ def test_suspicious_completions_are_counted_once_however_many_dimensions(
             for n in range(20)
             for d in ("style", "wit")
         ]
-        judging.check(scores_table(rows))
+        judging.check([scores_table(rows[:3]), scores_table(rows[3:])])
     assert said[0] == (
         "judge reader: 2 suspicious completions (it asks for a grade), scored as they stand"
     )

@@ -436,7 +436,7 @@ def test_cold_start_measures_passing_share_and_spread() -> None:
         answer("d", 0, (1.0, 1.0, 1.0), finish="length"),
     ]
     completions, scores, _ = tables(rows)
-    result = cold_start(completions, scores, RULES)
+    result = cold_start([(completions, scores, completions)], RULES)
     # Passing: a alone of four. Standard deviations: a 0.5, b 0, d 0; c has no usable answer.
     assert result == {
         "passing_share": 0.25,
@@ -453,7 +453,7 @@ def test_cold_start_measures_passing_share_and_spread() -> None:
 
 def test_cold_start_without_a_single_reward_stops() -> None:
     completions, scores, _ = tables([answer("a", i, (None, 1.0, 1.0)) for i in range(2)])
-    result = cold_start(completions, scores, RULES)
+    result = cold_start([(completions, scores, completions)], RULES)
     assert (result["passing_share"], result["spread"]) == (0.0, None)
     with pytest.raises(DataGateError, match="none of 1 prompts has an answer with a reward"):
         check_cold_start(result, ColdStart(min_passing_share=0.0, min_spread=0.0))

@@ -151,7 +151,7 @@ def test_auto_without_noise_asks_for_any_difference() -> None:
     rules = replace(RULES, min_margin="auto", deterministic=frozenset({"quality"}))
     selected = select_pairs(completions, scores, prompts, rules)
     assert (selected.funnel["min_margin"], selected.pairs.height) == (0.0, 20)
-    record = analyse(completions, scores, prompts, selected.pairs, rules, Draw(1, 200))
+    record = analyse([(completions, scores, prompts)], selected.pairs, rules, Draw(1, 200))
     assert record["noise"]["sources"] == {"quality": "verifier"}
     assert (record["noise"]["sd"], record["noise"]["inverted_share"]) == (0.0, 0.0)
     assert record["split_votes"] is None
@@ -185,7 +185,7 @@ def test_margins_measured_on_other_votes_are_true_and_those_of_choice_are_not() 
     true, votes = planted(prompts=1500, true_sd=0.03, vote_sd=0.08, votes=4, seed=7)
     completions, scores, prompts = round_of(votes)
     pairs = select_pairs(completions, scores, prompts, RULES).pairs
-    found = analyse(completions, scores, prompts, pairs, RULES, Draw(1, 400))["split_votes"]
+    found = analyse([(completions, scores, prompts)], pairs, RULES, Draw(1, 400))["split_votes"]
     assert found["pairs"] == 3000
     # Half of the votes: sd of choice sqrt(0.03^2 + 0.08^2 / 2), of which the true part remains.
     sd = math.sqrt(0.03**2 + 0.08**2 / 2)
@@ -201,12 +201,12 @@ def test_row_order_changes_no_number_of_the_analysis() -> None:
     given = round_of(votes)
     rules = replace(RULES, min_margin="auto", max_inversion=0.2)
     straight = select_pairs(*given, rules)
-    record = analyse(*given, straight.pairs, rules, Draw(1, 200))
+    record = analyse([given], straight.pairs, rules, Draw(1, 200))
     mixed = [t.sample(fraction=1, shuffle=True, seed=5) for t in given]
     shuffled = select_pairs(mixed[0], mixed[1], mixed[2], rules)
     assert straight.pairs.equals(shuffled.pairs) and straight.funnel == shuffled.funnel
     draw = Draw(1, 200)
-    assert record == analyse(mixed[0], mixed[1], mixed[2], shuffled.pairs, rules, draw)
+    assert record == analyse([(mixed[0], mixed[1], mixed[2])], shuffled.pairs, rules, draw)
 
 
 def test_where_noise_is_known_from_has_an_order() -> None:

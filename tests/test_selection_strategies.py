@@ -235,7 +235,7 @@ def test_strategies_of_one_pair_refuse_several(strategy: str) -> None:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(many_answers(), many_rules)
 def test_labels_by_their_definition(rows: list[Row], rules: Rules) -> None:
-    labelled = select_labels(*tables(rows), rules)
+    labelled = select_labels([tables(rows)], rules)
     assert labelled.pairs.schema == labels_schema(rules.needed)
     marks: dict[tuple[str, int], bool] = {}
     assert rules.min_margin != "auto"
@@ -281,13 +281,13 @@ def test_labels_by_their_definition(rows: list[Row], rules: Rules) -> None:
         counts = [s["answers"] for s in steps]
         assert counts == sorted(counts, reverse=True)
     mixed = [t.sample(fraction=1, shuffle=True, seed=3) for t in tables(rows)]
-    assert select_labels(mixed[0], mixed[1], mixed[2], rules).pairs.equals(labelled.pairs)
+    assert select_labels([(mixed[0], mixed[1], mixed[2])], rules).pairs.equals(labelled.pairs)
 
 
 def test_equal_answers_are_neither_good_nor_bad() -> None:
     rows = [answer("a", i, (0.9, 0.9, 0.9)) for i in range(4)]
     rules = replace(RULES, min_margin=0.0)
-    assert select_labels(*tables(rows), rules).pairs.is_empty()
+    assert select_labels([tables(rows)], rules).pairs.is_empty()
 
 
 def test_the_cap_on_labels_keeps_the_clearest_of_both_kinds() -> None:
@@ -297,7 +297,7 @@ def test_the_cap_on_labels_keeps_the_clearest_of_both_kinds() -> None:
         for s, sign in enumerate((1, -1))
     ]
     rules = Rules({"correctness": 1.0}, {}, {}, max_pairs=4)
-    kept = select_labels(*tables(rows), rules).pairs
+    kept = select_labels([tables(rows)], rules).pairs
     assert kept.select("prompt_id", "good").rows() == [
         ("p2", True), ("p2", False), ("p3", True), ("p3", False),
     ]  # fmt: skip

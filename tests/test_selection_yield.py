@@ -23,7 +23,7 @@ DRAW = Draw(1, 200)
 
 def analysed(rows: list[Row], rules: Rules) -> dict[str, Any]:
     given = tables(rows)
-    record = analyse(*given, select_pairs(*given, rules, 1).pairs, rules, DRAW)
+    record = analyse([given], select_pairs(*given, rules, 1).pairs, rules, DRAW)
     assert json.loads(json.dumps(record)) == record
     return record
 
@@ -81,7 +81,7 @@ def test_a_suggestion_where_one_floor_eats_most_of_the_data() -> None:
     rows = floored(prompts=40, passing=10)
     given = tables(rows)
     selected = select_pairs(*given, RULES)
-    record = analyse(*given, selected.pairs, RULES, DRAW)
+    record = analyse([given], selected.pairs, RULES, DRAW)
     assert record["suggestion"] == (
         "floor correctness alone costs 30 of the 30 prompts without a pair: without it 40 of 40 "
         "would give pairs, now 10 (chosen's mean correctness -0.172); at 0.55, 40 would (chosen's "
@@ -114,7 +114,7 @@ def test_many_prompts_are_sampled_by_a_key_that_knows_the_round(
     monkeypatch.setattr(yield_analysis, "ANALYSED_PROMPTS", 100)
     given = tables(floored(prompts=400, passing=200))
     pairs = select_pairs(*given, RULES).pairs
-    costs = [analyse(*given, pairs, RULES, Draw(r, 200))["constraints"] for r in (1, 1, 2)]
+    costs = [analyse([given], pairs, RULES, Draw(r, 200))["constraints"] for r in (1, 1, 2)]
     assert costs[0] == costs[1] != costs[2]
     assert costs[0]["analysed_prompts"] == 100
     assert 30 <= costs[0]["now"]["prompts"] <= 70

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from rlhf import duplicate_shards, selection_shards
 from rlhf.duplicate_shards import Alike, Slice
 from rlhf.duplicates import first_of_equals, repeating, standing
 from rlhf.errors import InputError
-from rlhf.noise import NoiseSums, noise_from, noise_sums, settled
+from rlhf.labels import select_labels
+from rlhf.noise import NoiseSums, noise_from, noise_sums
 from rlhf.rules import Rules
-from rlhf.selection import Selected, candidates_of, select_pairs
-from rlhf.selection_shards import Shard
+from rlhf.selection import Tables, candidates_of, cold_start, select_pairs
+from rlhf.selection_shards import Answered, Shard, in_turn
 from rlhf.statistics import exact_sum
+from rlhf.yield_analysis import Draw, analyse
 
 
 def store(
@@ -45,18 +47,6 @@ def store(
             few = table.filter(pl.col("prompt_id").is_in(ids))
             few.write_parquet(folder / name / f"part-{number:05d}.parquet")
     return selection_shards.shards_of(folder, 0)
-
-
-def sharded(shards: Sequence[Shard], rules: Rules, round: int = 0) -> Selected:
-    """What `launch.ray_data.select` does, in this process."""
-    noise = (selection_shards.shard_noise(s, rules) for s in shards)
-    rules = settled(rules, lambda: noise_from(reduce(add, noise), rules))
-    found = [selection_shards.shard_pairs(s, rules, round) for s in shards]
-    folder = shards[0].prompts.parent
-    keys, funnel = selection_shards.together([s for s, _ in found], folder, rules)
-    pairs = pl.concat(p for _, p in found)
-    return Selected(keys.join(pairs, on=selection_shards.PAIR, maintain_order="left").select(
-        pairs.columns), funnel)  # fmt: skip
 
 
 def shared_out(names: Sequence[str], count: int, seed: int) -> list[list[str]]:
@@ -94,8 +84,22 @@ def test_shards_give_the_pairs_and_the_funnel_of_all(
         shards = store(Path(folder), answers, parts)
         answered = set(answers[0]["prompt_id"])
         assert len(shards) == count or any(answered.isdisjoint(part) for part in parts)
-        assert outcome(lambda: sharded(shards, rules, round=2)) == expected
-        assert outcome(lambda: selection_shards.whole(shards, rules, round=2)) == expected
+        assert outcome(lambda: in_turn(shards, rules, round=2)) == expected
+        given = Answered(shards)
+        assert outcome(lambda: select_labels(given, rules)) == outcome(
+            lambda: select_labels([answers], rules)
+        )
+        if rows:
+            start = cold_start([answers], rules)
+            # Means are added up in another order.
+            assert cold_start(given, rules) == {
+                n: value if value is None else pytest.approx(value, abs=1e-12)
+                for n, value in start.items()
+            }
+        if not isinstance(expected[0], type):
+            draw = Draw(2, 50)
+            pairs = select_pairs(*answers, rules, round=2).pairs
+            assert analyse(given, pairs, rules, draw) == analyse([answers], pairs, rules, draw)
 
 
 def outcome(select: Any) -> tuple[Any, ...]:
@@ -130,13 +134,40 @@ def voted(prompts: int, seed: int) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataF
     ), about  # fmt: skip
 
 
+def test_one_shard_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who selects, labels, analyses or looks at a start lets go of a shard before the next."""
+    answers = voted(40, seed=1)
+    shards = store(tmp_path, answers, shared_out(answers[2]["prompt_id"].to_list(), 8, 1))
+    held: list[weakref.ref[pl.DataFrame]] = []
+    alive: list[int] = []
+
+    def reading(shard: Shard) -> Tables:
+        gc.collect()
+        alive.append(sum(table() is not None for table in held))
+        found = read(shard)
+        held.append(weakref.ref(found[0]))
+        return found
+
+    read = selection_shards.read
+    monkeypatch.setattr(selection_shards, "read", reading)
+    rules = replace(RULES, min_margin="auto", max_inversion=0.2)
+    given = Answered(shards)
+    pairs = in_turn(shards, rules, round=0).pairs
+    select_labels(given, rules)
+    cold_start(given, rules)
+    monkeypatch.setattr("rlhf.yield_analysis.ANALYSED_PROMPTS", 5)
+    assert analyse(given, pairs, rules, Draw(1, 50))["constraints"]["analysed_prompts"] == 5
+    # The one that was read before is still a local variable of whoever goes through them.
+    assert len(alive) >= 8 * 7 and max(alive) <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 7, 40])
 def test_auto_asks_for_the_same_margin_to_the_last_bit(tmp_path: Path, count: int) -> None:
     answers = voted(40, seed=count)
     rules = replace(RULES, min_margin="auto", max_inversion=0.2)
     shards = store(tmp_path, answers, shared_out(answers[2]["prompt_id"].to_list(), count, count))
-    expected, found = select_pairs(*answers, rules), sharded(shards, rules)
+    expected, found = select_pairs(*answers, rules), in_turn(shards, rules, round=0)
     assert expected.funnel["min_margin"] > 0
     assert found.funnel == expected.funnel
     assert found.pairs.equals(expected.pairs)
@@ -207,7 +238,7 @@ def test_what_is_wrong_with_a_folder_is_said_with_the_file(
     store(tmp_path, answers, [["a0"], ["a1"]])
     spoil(tmp_path)
     with pytest.raises(InputError, match=message):
-        sharded(selection_shards.shards_of(tmp_path, 0), RULES)
+        in_turn(selection_shards.shards_of(tmp_path, 0), RULES, round=0)
 
 
 def by_slices(slices: Sequence[Slice], rule: Alike) -> pl.DataFrame:

@@ -185,6 +185,14 @@ def _asking(specs: Sequence[JudgeSpec]) -> Iterator[LlmSpec]:
             yield spec
 
 
+def telling(parts: Iterable[pl.DataFrame]) -> pl.DataFrame:
+    """Scores that come in parts (schema `SCORES`), as `suspicious` and `check_abstentions` read
+    them: without votes, and without the words beside an ordinary score, which take most room."""
+    ordinary = ~pl.col("abstained") & ~pl.col("reason").str.starts_with(f"{SUSPICIOUS} (")
+    words = pl.when(ordinary).then(pl.lit("")).otherwise("reason").alias("reason")
+    return pl.concat(part.select(pl.exclude("votes", "reason"), words) for part in parts)
+
+
 def suspicious(scores: pl.DataFrame) -> list[str]:
     """One line a judge that was shown completions with signs of an attempt on it.
 
