@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,6 +136,8 @@ class Wiring:
         from rollout.weight_sync import Serving
 
         hush_transformers()
+        # Who frees memory collects garbage; the libraries' millions of objects are none.
+        gc.freeze()
         config, plan, judging = self.config, self.plan, self.judging
         roles = Roles(config, plan)
         pools = load_pools(config.prompts, config.run.seed, prompt_encoder(roles.tokenizer))

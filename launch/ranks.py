@@ -9,16 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from rlhf.errors import InexactError, InputError, Interrupted, NonFiniteError, PairloopError
 from rlhf.group import Group
-
-if TYPE_CHECKING:
-    pass
 
 PATIENCE = timedelta(hours=24)
 """How long a rank waits for one that lives: rank 0 may ask slow judges for hours in between."""
@@ -61,6 +58,22 @@ def join(device: str) -> Met:
     dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     objects, calls = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     return Met(Group(rank, world, objects), calls)
+
+
+@contextmanager
+def met(device: str) -> Iterator[Met]:
+    """The ranks, until the block ends.
+
+    Who fails in it says why before its process ends, and only then do the others lose it: they
+    point to what stands above.
+    """
+    found = join(device)
+    try:
+        yield found
+    except _AGREED:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 @contextmanager

@@ -22,10 +22,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from launch.quiet import hush, hush_transformers
-from launch.ranks import Lead, Met, RankLostError, attend, join, leaving_together
+from launch.ranks import Lead, Met, RankLostError, attend, leaving_together, met
 from launch.roles import Roles, Say
 from launch.shared import FollowingLearner, SharedGenerator, SharedLearner
 from launch.shared_judges import Followed, OnAllRanks
@@ -122,18 +120,15 @@ def train(config: RunConfig) -> int:
     # A rank that follows listens before it meets the others, as rank 0 does before it opens the
     # run: from then on a signal that killed one of them would make the run a failed one.
     interrupts = Interrupts(lambda _: None)
-    with nullcontext() if os.environ.get("RANK") == "0" else interrupts:
-        met = join(plan.device)
-        try:
-            if met.group.main:
-                lead = Lead(met)
-                try:
-                    return local.train(config, Leading(lead), plan)
-                finally:
-                    lead.end()
-            return _follow(config, plan, met, interrupts)
-        finally:
-            dist.destroy_process_group()
+    alone = nullcontext() if os.environ.get("RANK") == "0" else interrupts
+    with alone, met(plan.device) as others:
+        if others.group.main:
+            lead = Lead(others)
+            try:
+                return local.train(config, Leading(lead), plan)
+            finally:
+                lead.end()
+        return _follow(config, plan, others, interrupts)
 
 
 def _follow(config: RunConfig, plan: Plan, met: Met, interrupts: Interrupts) -> int:

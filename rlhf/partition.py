@@ -152,4 +152,7 @@ def deepspeed() -> Any:
         raise InputError(
             f"placement.zero needs DeepSpeed: {error}; pip install 'pairloop[deepspeed]'"
         ) from None
+    # Sums through a CPU's shared memory serve inference alone, and the first start would wait two
+    # minutes for a compiler.
+    library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return library
