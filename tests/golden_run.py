@@ -23,6 +23,7 @@ import polars as pl
 import yaml
 from conftest import SMOLLM2
 from fakes import run_values
+from preloaded import Fork
 from small_models import save_chat_model
 
 from rlhf.config_io import load, resolved
@@ -30,6 +31,7 @@ from rlhf.files import write_json
 from rlhf.model_files import materialise
 from rollout.imports import resolve_path
 
+Running = subprocess.Popen[str] | Fork
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden")
 DEADLINE = 1000.0
@@ -43,7 +45,10 @@ def write_config(
     rollout: Mapping[str, Any] = MappingProxyType({}),
     **sections: Any,
 ) -> Path:
-    """Two rounds of 8 prompts x 4 samples x 24 tokens in fp32 with the Transformers generator."""
+    """Two rounds of 8 prompts x 4 samples x 24 tokens in fp32 with the Transformers generator.
+
+    The held-out prompts, of which no pair is made, are few.
+    """
     values = run_values(
         folder,
         model,
@@ -61,6 +66,8 @@ def write_config(
     lines = [{"prompt": f"Tell me of thing {i}.", "cluster": f"train {i}"} for i in range(8)]
     train.write_text("".join(json.dumps(line) + "\n" for line in lines))
     values["prompts"]["train"] = {"path": str(train)}
+    for split in ("gate", "final"):
+        values["prompts"][split].setdefault("limit", 2)
     values["rollout"] |= {"max_new_tokens": 24, **rollout}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -75,28 +82,37 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(config: Path, launcher: list[str], first: Sequence[Path] = ()) -> subprocess.Popen[str]:
-    """`pairloop train` on `config`, by way of a launcher's words before `-m launch`; modules in
-    folders of `first` come before all others."""
+def start(config: Path) -> Fork:
+    """`pairloop train` on `config`."""
+    return Fork(["train", str(config)], environment(), ROOT)
+
+
+def start_ranks(config: Path, before: Path | None = None) -> Fork:
+    """`pairloop train` on `config`, by two ranks; each runs the script `before` first."""
+    told = {} if before is None else {"RUN_BEFORE": str(before)}
+    return Fork(["train", str(config)], {**environment(), **told}, ROOT, ranks=2)
+
+
+def launch(config: Path, launcher: Sequence[str]) -> subprocess.Popen[str]:
+    """`pairloop train` on `config`, by way of a launcher's words before `-m launch`."""
     command = [sys.executable, *launcher, "-m", "launch", "train", str(config)]
-    known = environment()
-    path = os.pathsep.join([*map(str, first), known["PYTHONPATH"]])
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**known, "PYTHONPATH": path},
+        env=environment(),
         cwd=ROOT,
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finish(process: Running) -> tuple[int, str]:
     output, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode is not None
     return process.returncode, output
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: Running) -> None:
     """Until `path` is there; it fails if the process ends before, or at the deadline."""
     end = time.monotonic() + 300
     while not path.exists():
@@ -137,7 +153,7 @@ def run(
     """What is `observed` of a whole run."""
     config = write_config(folder, model, name, placement={"zero": zero} if zero else {})
     found = replay(config, name)
-    status, output = finish(start(config, list(launcher)))
+    status, output = finish(launch(config, launcher) if launcher else start(config))
     assert status == 0, output
     assert "done: all 2 rounds ran" in output
     return observed(found)
@@ -161,7 +177,7 @@ def golden(name: str) -> dict[str, Any]:
 
 def write(name: str, model: str | Path, folder: Path) -> None:
     """Write `golden/NAME.json`, and round 2's answers beside it, from a run in one process."""
-    status, output = finish(start(write_config(folder, model, name), []))
+    status, output = finish(start(write_config(folder, model, name)))
     assert status == 0, output
     run = folder / "runs" / name
     (GOLDEN / f"{name}.json").write_text(json.dumps(observed(run), indent=1) + "\n")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 from fakes import run_values
+from golden_run import ROOT, environment
+from preloaded import Fork
 
 pytestmark = pytest.mark.engine
 
@@ -51,24 +50,17 @@ def write_config(folder: Path, model: Path, name: str) -> Path:
     return path
 
 
-def start(config: Path) -> subprocess.Popen[str]:
-    tests = str(Path(__file__).parent)
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch", "train", str(config)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-    )
+def start(config: Path) -> Fork:
+    return Fork(["train", str(config)], environment(), ROOT)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finish(process: Fork) -> tuple[int, str]:
     output, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode is not None
     return process.returncode, output
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> bool:
+def wait_for(path: Path, process: Fork) -> bool:
     """True once `path` is there; False if the process ended before."""
     end = time.monotonic() + DEADLINE
     while time.monotonic() < end:

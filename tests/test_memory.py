@@ -385,7 +385,6 @@ NATIVE = "bf16" if this_machine().cpu_bf16 else "fp32"
     "case",
     [
         benchmark.Case("full", NATIVE, pairs=1, prompt=96, completion=32),
-        benchmark.Case("lora", NATIVE, prompt=96, completion=32),
         benchmark.Case("qlora", NATIVE, prompt=96, completion=32),
         benchmark.Case("lora", NATIVE, prompt=96, completion=32, checkpointing=True),
     ],

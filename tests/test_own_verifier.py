@@ -157,8 +157,8 @@ def test_the_pools_hold_what_the_columns_say() -> None:
 def test_the_example_goes_round(here: Path) -> None:
     small = {
         "prompts.train.limit": 8,
-        "prompts.gate.limit": 4,
-        "prompts.final.limit": 4,
+        "prompts.gate.limit": 2,
+        "prompts.final.limit": 2,
         "rollout.samples_per_prompt": 4,
         "rollout.max_new_tokens": 20,
         "rollout.parity_completions": 4,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 from golden_run import assert_same_run, finish, observed, replay, start, wait_for, write_config
+from preloaded import Fork
 from ray.cluster_utils import Cluster
 from ray_nodes import actors, cluster_of
 
@@ -27,13 +27,13 @@ def cluster() -> Iterator[Cluster]:
         yield found
 
 
-def begin(folder: Path, model: Path, zero: int = 0) -> tuple[subprocess.Popen[str], Path]:
+def begin(folder: Path, model: Path, zero: int = 0) -> tuple[Fork, Path]:
     config = write_config(folder, model, "tiny", placement={"kind": "ray", "zero": zero})
     run = replay(config, "tiny")
-    return start(config, []), run
+    return start(config), run
 
 
-def kill_when(path: Path, kind: str, process: subprocess.Popen[str]) -> psutil.Process:
+def kill_when(path: Path, kind: str, process: Fork) -> psutil.Process:
     """SIGKILL an actor of a class as soon as `path` is there."""
     wait_for(path, process)
     victims = actors(kind)
@@ -66,6 +66,6 @@ def test_a_signal_stops_all_ranks_under_zero_3_and_the_same_command_goes_on(
     process.send_signal(signal.SIGTERM)
     status, output = finish(process)
     assert status == 75, output
-    status, output = finish(start(tmp_path / "tiny.yaml", []))
+    status, output = finish(start(tmp_path / "tiny.yaml"))
     assert status == 0, output
     assert_same_run(observed(run), one_process, within=1e-5)

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from golden_run import (
     write_config,
 )
 from peft import PeftModel
+from preloaded import Fork
 from ray.cluster_utils import Cluster
 from ray_nodes import actors, cluster_of, slowed
 from test_reward_model_judge import save_reward_model
@@ -66,9 +66,7 @@ def reader(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     }
 
 
-def begin(
-    folder: Path, model: Path, reader: dict[str, Any], **rounds: Any
-) -> tuple[subprocess.Popen[str], Path]:
+def begin(folder: Path, model: Path, reader: dict[str, Any], **rounds: Any) -> tuple[Fork, Path]:
     (rules,) = run_values(folder, model)["judges"]["panel"]
     # "liking" has no standard weight, so it changes no reward.
     judges = {"panel": [rules, reader], "uncertified": "allow"}
@@ -81,7 +79,7 @@ def begin(
         rounds={"count": 2, **rounds},
     )
     run = folder / "runs/tiny" if rounds else replay(config, "tiny")
-    return start(config, []), run
+    return start(config), run
 
 
 def versions(run: Path, index: int) -> list[int]:
@@ -119,7 +117,7 @@ def test_a_generator_that_dies_while_it_draws_ahead_is_made_anew(
     config = write_config(
         tmp_path, tiny_model, "tiny", placement=PLACEMENT, rounds={"count": 2, "max_staleness": 1}
     )
-    run, process = tmp_path / "runs/tiny", start(config, [])
+    run, process = tmp_path / "runs/tiny", start(config)
     with slowed("LearnerActor", run / "rounds/0001/reference_logps.parquet"):
         wait_for(run / "rounds/0002/completions/part-00000.parquet", process)
         (doomed,) = actors("GeneratorActor")
@@ -166,7 +164,7 @@ def test_engines_as_actors_serve_an_adapter_though_the_generator_dies_and_judge_
             "canaries": {"answers": 0},
         },
     )
-    run, process = tmp_path / "runs/tiny", start(config, [])
+    run, process = tmp_path / "runs/tiny", start(config)
     wait_for(run / "rounds/0001/policy", process)
     (doomed,) = actors("GeneratorActor")
     wait_for(run / "rounds/0001/evaluation/completions/part-00000.parquet", process)

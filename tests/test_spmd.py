@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import subprocess
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import polars as pl
-import psutil
 import pytest
 import yaml
 from fakes import run_values
@@ -22,10 +20,11 @@ from golden_run import (
     assert_same_run,
     finish,
     golden,
+    launch,
     observed,
     replay,
     run,
-    start,
+    start_ranks,
     wait_for,
     write_config,
 )
@@ -119,7 +118,7 @@ def test_each_rank_serves_and_judges_with_engines_of_its_own(
         },
         prompts={n: {"path": f"{tmp_path}/{n}.jsonl", "limit": 3} for n in ("gate", "final")},
     )
-    status, output = finish(start(config, TORCHRUN))
+    status, output = finish(launch(config, TORCHRUN))
     assert status == 0, output
     assert "whole weights travel through shared memory" in output
     for generator in (0, 1):
@@ -149,35 +148,30 @@ def test_each_rank_serves_and_judges_with_engines_of_its_own(
     }
 
 
-def rank_of(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
-    ranks = {p.environ().get("RANK"): p for p in psutil.Process(launcher.pid).children()}
-    return ranks[str(rank)]
-
-
 @pytest.mark.engine
 def test_ranks_stop_together_and_a_dead_one_ends_all_and_nothing_is_lost(
     one_process: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, tiny_model, "tiny")
     folder = replay(config, "tiny")
-    process = start(config, TORCHRUN)
+    process = start_ranks(config)
     wait_for(folder / "rounds/0001/trainer/checkpoints/000001", process)
     # One rank hears of it; all of them stop at the same step.
-    rank_of(process, 1).send_signal(signal.SIGUSR1)
+    os.kill(process.pids[1], signal.SIGUSR1)
     status, output = finish(process)
     assert status != 0 and "stopped at a safe point by SIGUSR1" in output, output
     assert read_json(folder / "status.json", "")["state"] == "interrupted"
     assert (folder / "rounds/0001/trainer/checkpoints").is_dir()
 
-    process = start(config, TORCHRUN)
+    process = start_ranks(config)
     wait_for(folder / "rounds/0001/policy", process)
-    os.kill(rank_of(process, 1).pid, signal.SIGKILL)
+    os.kill(process.pids[1], signal.SIGKILL)
     began = time.monotonic()
     status, output = finish(process)
     assert status != 0 and time.monotonic() - began < 120
     assert not (folder / "final/evaluation.json").exists()
 
-    status, output = finish(start(config, TORCHRUN))
+    status, output = finish(start_ranks(config))
     assert status == 0, output
     assert_same_run(observed(folder), one_process, within=1e-5)
 
@@ -190,7 +184,7 @@ def test_what_stops_rank_0_before_the_others_listen_ends_all(
     # Rank 0 alone reads prompts; under ZeRO the others wait for it to make its part of the policy.
     (tmp_path / "train8.jsonl").write_text("no JSON")
     began = time.monotonic()
-    status, output = finish(start(config, accelerate("zero2")))
+    status, output = finish(launch(config, accelerate("zero2")))
     assert status != 0 and time.monotonic() - began < 180
     assert "error: prompts.train" in output or "train8.jsonl" in output, output
 
@@ -199,7 +193,7 @@ def test_what_stops_rank_0_before_the_others_listen_ends_all(
 def test_what_stops_rank_0_alone_in_mid_step_ends_all(tiny_model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_model, "tiny")
     folder = replay(config, "tiny")
-    process = start(config, TORCHRUN)
+    process = start_ranks(config)
     wait_for(folder / "rounds/0001/trainer/checkpoints/000001", process)
     # Rank 0 alone writes metrics; the others go on to the next step, and wait there.
     (folder / "metrics.jsonl").unlink()
@@ -210,7 +204,7 @@ def test_what_stops_rank_0_alone_in_mid_step_ends_all(tiny_model: Path, tmp_path
     assert "IsADirectoryError" in output and "another rank ended" in output
 
 
-# Python imports it before anything else, on every rank.
+# Every rank runs it before anything else.
 FALLS = """
 import os
 if os.environ.get("RANK") == "1":
@@ -236,16 +230,13 @@ def test_what_stops_another_rank_ends_all_with_its_cause(
     method: str,
     tiny_model: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    site = tmp_path / "site"
-    site.mkdir()
-    falls = FALLS.format(module=module, kind=kind, method=method)
-    (site / "sitecustomize.py").write_text(falls)
+    falls = tmp_path / "falls.py"
+    falls.write_text(FALLS.format(module=module, kind=kind, method=method))
     config = write_config(tmp_path, tiny_model, "tiny")
     folder = replay(config, "tiny") if method == "update" else tmp_path / "runs/tiny"
     began = time.monotonic()
-    status, output = finish(start(config, TORCHRUN, [site]))
+    status, output = finish(start_ranks(config, falls))
     assert status != 0 and time.monotonic() - began < 180
     cause = output.index("the disk of this rank is full")
     # What the others say of it comes after, and points there.

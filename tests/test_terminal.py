@@ -149,7 +149,7 @@ def test_a_table_loses_nothing(
 
 NOISY = """
 import logging, os, subprocess, sys, time
-from fakes import vowels
+from known_verifiers import vowels
 
 calls = 0
 

@@ -133,14 +133,14 @@ def test_a_killed_run_goes_on_through_disk_and_leaves_nothing_in_memory(
     config = write_config(tmp_path, tiny_model, "tiny", rollout={"transfer": "memory"})
     run = replay(config, "tiny")
     memory = memory_folder(run)
-    process = start(config, [])
+    process = start(config)
     wait_for(memory / "version-0001", process)
     process.send_signal(signal.SIGKILL)
     finish(process)
     assert [p.name for p in memory.iterdir() if not p.name.startswith(".")] == ["version-0001"]
     assert not (run / "published").exists()
     config.write_text(config.read_text().replace("transfer: memory", "transfer: disk"))
-    status, output = finish(start(config, []))
+    status, output = finish(start(config))
     assert status == 0, output
     assert f"travel through {run / 'published'}" in output
     assert not memory.exists() and not (run / "published").exists()
