@@ -35,8 +35,7 @@ def publish_parts(held: Learning, plan: Plan, sharding: Sharding = ALONE) -> Ite
         said = f"4 B x {millions(a.parameters)}, what a version starts from or is merged into"
         yield Part("publish", WRITTEN[0], 4 * a.parameters, said, ("publish",), True)
     if held.full and (held.on_gpu or sharding.engine):
-        said = f"4 B x {millions(a.parameters)}, all that is trained"
-        yield Part("publish", WRITTEN[3], 4 * a.parameters, said, ("train",), True)
+        yield Part("publish", WRITTEN[3], *written(held, 4), ("train",), True)
     if plan.sync == "merged":
         # ZeRO-3 gathers and merges a layer at a time.
         linear = a.linear // a.layers if sharding.stage == 3 else a.linear

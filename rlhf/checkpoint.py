@@ -6,31 +6,33 @@ where the data stands; weights, optimizer, loss scaler and random generators are
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from rlhf.errors import InputError
 from rlhf.files import (
-    atomic_file,
     atomic_folder,
     make_folder,
     read_json,
     remove,
     sha256_file,
+    sha256_tree,
     write_json,
 )
 from rlhf.group import ALONE, Group
+from rlhf.partition import whole_shape
 from rlhf.policy import Policy
 from rlhf.sharding import Sharding
+from rlhf.weights import stored_shapes, stored_weights, write_weights
 
 KEPT = 2
-TRAINED = "trained.safetensors"
+TRAINED = "trained"
 
 
 @dataclass(slots=True)
@@ -71,8 +73,8 @@ class Checkpoints:
             torch.save({"sharding": self._sharding.state(), "rng": generators}, folder / self._own)
             self._group.wait()
             if self._group.main:
-                hashes = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
-                about = {"ranks": self._group.world, "sharding": self._kind, "sha256": hashes}
+                about = {"ranks": self._group.world, "sharding": self._kind}
+                about["sha256"] = sha256_tree(folder)
                 write_json(folder / "checkpoint.json", {**asdict(progress), **about})
         if self._group.main:
             for old in self._stored()[:-KEPT]:
@@ -143,22 +145,37 @@ class Checkpoints:
         return sorted(stored, key=lambda path: int(path.name))
 
 
-def save_trained(policy: Policy, file: Path, group: Group = ALONE) -> None:
-    """The trained weights as they are, fp32 masters included; rank 0 writes."""
-    kept = {}
-    for name, parameter in policy.trainable():
-        # One at a time: split over ranks, they may be whole on none.
-        with policy.gathered([parameter], False):
-            if group.main:
-                kept[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    if group.main:
-        with atomic_file(file) as staging:
-            save_file(kept, staging)
+def save_trained(policy: Policy, folder: Path, group: Group = ALONE) -> None:
+    """The trained weights as they are, fp32 masters included; rank 0 writes them, and holds no more
+    than a file's (`write_weights`)."""
 
-
-def load_trained(policy: Policy, file: Path) -> None:
-    """Weights that `save_trained` wrote."""
-    with safe_open(file, framework="pt") as trained, torch.no_grad():
+    def whole() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in policy.trainable():
-            with policy.gathered([parameter], True):
-                parameter.copy_(trained.get_tensor(name))
+            # One at a time: split over ranks, they may be whole on none.
+            with policy.gathered([parameter], False):
+                yield name, parameter.detach()
+
+    left = whole()
+    try:
+        if group.main:
+            shapes = {
+                name: torch.empty(whole_shape(parameter), dtype=parameter.dtype, device="meta")
+                for name, parameter in policy.trainable()
+            }
+            stored = ((n, w.to("cpu", copy=True).contiguous()) for n, w in left)
+            with atomic_folder(folder) as staging:
+                write_weights(staging, stored, shapes)
+    finally:
+        # Whatever could not be written, the others gather to the end.
+        deque(left, maxlen=0)
+
+
+def load_trained(policy: Policy, folder: Path) -> None:
+    """Weights that `save_trained` wrote. Raises InputError where they are others."""
+    trained = dict(policy.trainable())
+    if odd := sorted(trained.keys() ^ stored_shapes(folder).keys()):
+        raise InputError(f"{folder}: not this policy's trained weights: {odd[:3]} on one side only")
+    with torch.no_grad():
+        for name, weight in stored_weights(folder):
+            with policy.gathered([trained[name]], True):
+                trained[name].copy_(weight)

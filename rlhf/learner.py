@@ -40,7 +40,7 @@ from rlhf.scoring import Scorer
 from rlhf.sharding import Replicated, Sharding
 from rlhf.types import Completion, Trained
 
-BEST = "best.safetensors"
+BEST = "best"
 T = TypeVar("T")
 
 

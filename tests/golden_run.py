@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -148,12 +148,16 @@ def replay(config: Path, name: str) -> Path:
 
 
 def run(
-    folder: Path, model: str | Path, name: str, launcher: Sequence[str] = (), zero: int = 0
+    folder: Path,
+    model: str | Path,
+    name: str,
+    begin: Callable[[Path], Running] = start,
+    zero: int = 0,
 ) -> dict[str, Any]:
-    """What is `observed` of a whole run."""
+    """What is `observed` of a whole run that `begin` starts."""
     config = write_config(folder, model, name, placement={"zero": zero} if zero else {})
     found = replay(config, name)
-    status, output = finish(launch(config, launcher) if launcher else start(config))
+    status, output = finish(begin(config))
     assert status == 0, output
     assert "done: all 2 rounds ran" in output
     return observed(found)

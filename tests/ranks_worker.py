@@ -188,7 +188,7 @@ class Case:
         self.learner.save(policy, "A test's policy.\n")
         self.learner.save_merged(merged)
         # Weight by weight, by other code than what was saved above.
-        save_trained(self.learner.policy, self.out / f"gathered-{index}.safetensors", self.group)
+        save_trained(self.learner.policy, self.out / f"gathered-{index}", self.group)
         self.group.wait()
 
     def fill_disk(self) -> list[str | None]:
@@ -233,7 +233,7 @@ def attempt(folder: Path, case: dict[str, Any], group: Group) -> dict[str, Any]:
         StepLoss.parts = PARTS  # type: ignore[method-assign]
         trial.undo()
     trial.out.mkdir(exist_ok=True)
-    save_trained(trial.learner.policy, trial.out / "after.safetensors", group)
+    save_trained(trial.learner.policy, trial.out / "after", group)
     return {"errors": errors}
 
 

@@ -17,15 +17,16 @@ pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
-    "prompts.gate.limit": "4",
-    "prompts.final.limit": "4",
+    "prompts.gate.limit": "2",
+    "prompts.final.limit": "2",
     "rounds.count": "1",
     "rounds.prompts_per_round": "8",
     "rollout.max_new_tokens": "24",
     "rollout.samples_per_prompt": "4",
-    "rollout.parity_completions": "4",
+    "rollout.parity_completions": "2",
     "evaluation.samples_per_prompt": "1",
-    "evaluation.kl_prompts": "4",
+    "evaluation.kl_prompts": "2",
+    "evaluation.greedy_prompts": "1",
     # So few and short answers rarely meet the real floors.
     "selection.floors": "{correctness: 0.0}",
     "selection.cold_start.min_passing_share": "0",

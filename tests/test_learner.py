@@ -670,9 +670,9 @@ def test_a_checkpoint_that_was_touched_is_refused(
 
     with pytest.raises(Interrupted):
         go(stop)
-    files = {p: p.read_bytes() for p in folder.iterdir()}
+    files = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     before = trained(learner)
-    for name in ("trained.safetensors", "rank-00000.pt"):
+    for name in ("trained/model.safetensors", "rank-00000.pt"):
         for damage in (flip, Path.unlink):
             damage(folder / name)
             with pytest.raises(InputError, match=rf"{name}: its SHA-256 is .* remove .*000001"):
@@ -693,7 +693,7 @@ def test_a_checkpoint_names_its_step_and_hashes(
     meta = json.loads((tmp_path / "checkpoints/000003/checkpoint.json").read_text())
     assert meta["step"] == 3 and meta["skipped"] == 0
     assert meta["first_loss"] == whole.result.first_loss
-    assert meta["sha256"].keys() == {"trained.safetensors", "rank-00000.pt"}
+    assert meta["sha256"].keys() == {"trained/model.safetensors", "rank-00000.pt"}
 
 
 def kept_steps(state: Path) -> list[str]:

@@ -139,10 +139,10 @@ def test_7b_full_under_zero_3_on_eight_a100s() -> None:
     assert plan.found.sequences == (budget - used) // 88_137_728
     host = sizes(at(plan), host=True)
     # Eight sleeping copies; one checkpoint, mapped by all; a start to go back to, in eight shares;
-    # by rank 0 a version in fp32, what a checkpoint of the training holds, and of a version that it
-    # publishes a file of 5 x 10^9 and the largest tensor, 2 x 544,997,376.
+    # by rank 0 a version in fp32, and of what it writes a file of 5 x 10^9 and the largest tensor,
+    # 544,997,376 x 4 B in a checkpoint and x 2 B in a version that it publishes.
     assert host["learner", "start in fp32"] == host["publish", "stored version"] == 30_462_466_048
-    assert host["publish", "copy for a checkpoint"] == 30_462_466_048
+    assert host["publish", "copy for a checkpoint"] == 7_179_989_504
     assert host["publish", "copy to write"] == 6_089_994_752
     assert host["generator", "vLLM, asleep"] == 8 * 15_231_233_024
     assert host["learner", "checkpoint"] == 15_231_233_024

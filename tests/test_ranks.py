@@ -213,7 +213,7 @@ def test_full_weights_of_all_ranks_are_one_folder_that_transformers_loads(
 ) -> None:
     """Exactly the gathered weights; which are those of one process, as tested above."""
     out = folder / name(stage, "full", "dpo")
-    gathered = load_file(out / "gathered-2.safetensors")
+    gathered = weights(out / "gathered-2")
     start = load_file(folder / "model" / "model.safetensors")
     for kind in ("policy", "merged"):
         exported = out / f"{kind}-2"
@@ -233,7 +233,7 @@ def test_an_adapter_of_all_ranks_is_one_folder_that_peft_loads_and_merges_to_the
     folder: Path, together: dict[str, Any], stage: int
 ) -> None:
     out = folder / name(stage, "lora", "dpo")
-    gathered = load_file(out / "gathered-2.safetensors")
+    gathered = weights(out / "gathered-2")
     assert written(out / "policy-2") == {*ADAPTER_FOLDER, "README.md"}
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     adapted: Any = PeftModel.from_pretrained(base, str(out / "policy-2"))
@@ -289,8 +289,8 @@ def test_what_is_not_finite_in_one_rank_stops_all_and_reaches_no_weight(
         assert errors[0].startswith(f"step 2: loss {BROKEN[number].get('value', 'nan')},")
     out = folder / f"broken-{number}"
     first = min((out / "trainer-1/checkpoints").iterdir())
-    before = load_file(first / "trained.safetensors")
-    after = load_file(out / "after.safetensors")
+    before = weights(first / "trained")
+    after = weights(out / "after")
     assert before.keys() == after.keys() and before
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert all(weight.isfinite().all() for weight in after.values())

@@ -27,12 +27,6 @@ def cluster() -> Iterator[Cluster]:
         yield found
 
 
-def begin(folder: Path, model: Path, zero: int = 0) -> tuple[Fork, Path]:
-    config = write_config(folder, model, "tiny", placement={"kind": "ray", "zero": zero})
-    run = replay(config, "tiny")
-    return start(config), run
-
-
 def kill_when(path: Path, kind: str, process: Fork) -> psutil.Process:
     """SIGKILL an actor of a class as soon as `path` is there."""
     wait_for(path, process)
@@ -42,30 +36,23 @@ def kill_when(path: Path, kind: str, process: Fork) -> psutil.Process:
     return victims[-1]
 
 
-def test_actors_on_two_nodes_repeat_the_golden_run_though_one_of_each_kind_dies(
+def test_ranks_and_generators_on_two_nodes_repeat_the_golden_run_though_one_of_each_dies(
     cluster: Cluster, one_process: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    process, run = begin(tmp_path, tiny_model)
+    """Under ZeRO-3; and a signal stops all of them, and the same command goes on."""
+    config = write_config(tmp_path, tiny_model, "tiny", placement={"kind": "ray", "zero": 3})
+    run, process = replay(config, "tiny"), start(config)
     first = kill_when(run / "rounds/0001/completions/part-00000.parquet", "GeneratorActor", process)
     second = kill_when(run / "rounds/0001/trainer/checkpoints/000001", "LearnerActor", process)
+    wait_for(run / "rounds/0002/trainer/checkpoints/000001", process)
+    process.send_signal(signal.SIGTERM)
     status, output = finish(process)
-    assert status == 0, output
+    assert status == 75, output
     assert not first.is_running() and not second.is_running()
     assert "died and is made anew (1 of 3)" in output
     assert "a learner rank died; all are made anew (1 of 3)" in output
     # Both nodes are this machine.
     assert "whole weights travel through shared memory" in output
-    assert_same_run(observed(run), one_process, within=1e-5)
-
-
-def test_a_signal_stops_all_ranks_under_zero_3_and_the_same_command_goes_on(
-    cluster: Cluster, one_process: dict[str, Any], tiny_model: Path, tmp_path: Path
-) -> None:
-    process, run = begin(tmp_path, tiny_model, zero=3)
-    wait_for(run / "rounds/0001/trainer/checkpoints/000001", process)
-    process.send_signal(signal.SIGTERM)
-    status, output = finish(process)
-    assert status == 75, output
-    status, output = finish(start(tmp_path / "tiny.yaml"))
+    status, output = finish(start(config))
     assert status == 0, output
     assert_same_run(observed(run), one_process, within=1e-5)

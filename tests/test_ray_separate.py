@@ -19,7 +19,6 @@ from fakes import run_values
 from golden_run import (
     assert_same_run,
     finish,
-    golden,
     observed,
     replay,
     start,
@@ -135,7 +134,7 @@ def test_a_generator_that_dies_while_it_draws_ahead_is_made_anew(
     assert drawn.select("prompt_id", "sample").n_unique() == drawn.height == 8 * 4
 
 
-def test_engines_as_actors_serve_an_adapter_though_the_generator_dies_and_judge_with_a_model(
+def test_engines_as_actors_serve_an_adapter_though_one_dies_and_judge_with_a_model(
     cluster: Cluster, tiny_model: Path, smollm2: str, tmp_path: Path
 ) -> None:
     (rules,) = run_values(tmp_path, tiny_model)["judges"]["panel"]
@@ -154,7 +153,7 @@ def test_engines_as_actors_serve_an_adapter_though_the_generator_dies_and_judge_
         tiny_model,
         "tiny",
         rollout={**rollout, "samples_per_prompt": 2},
-        placement=PLACEMENT,
+        placement={**PLACEMENT, "generators": 2},
         rounds={"count": 1, "prompts_per_round": 4},
         prompts={n: {"path": f"{tmp_path}/{n}.jsonl", "limit": 3} for n in ("gate", "final")},
         judges={
@@ -166,7 +165,7 @@ def test_engines_as_actors_serve_an_adapter_though_the_generator_dies_and_judge_
     )
     run, process = tmp_path / "runs/tiny", start(config)
     wait_for(run / "rounds/0001/policy", process)
-    (doomed,) = actors("GeneratorActor")
+    doomed, _ = actors("GeneratorActor")
     wait_for(run / "rounds/0001/evaluation/completions/part-00000.parquet", process)
     doomed.suspend()
     more_to_draw = not (run / "rounds/0001/evaluation/fresh").exists()
@@ -178,10 +177,11 @@ def test_engines_as_actors_serve_an_adapter_though_the_generator_dies_and_judge_
     status, output = finish(process)
     assert status == 0, output
     assert more_to_draw and len(published) == 1, output
-    assert "generator 0 died and is made anew (1 of 3)" in output
+    assert re.search(r"generator [01] died and is made anew \(1 of 3\)", output)
     assert "weights adapter" in output
     for version in (0, 1):
-        assert f"version {version}: parity holds" in output
+        for generator in (0, 1):
+            assert f"version {version} to generator {generator}: parity holds" in output
     scores = pl.read_parquet(run / "rounds/0001/scores/*.parquet").filter(judge="reader")
     assert scores.height == 4 * 2 and scores["abstained"].sum() < scores.height
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -235,7 +235,11 @@ def test_everybody_sits_on_the_node_that_the_plan_says(
 
 
 def test_a_node_dies_in_mid_round_and_the_run_makes_the_same_pairs(
-    cluster: Cluster, tiny_model: Path, reader: dict[str, Any], tmp_path: Path
+    cluster: Cluster,
+    one_process: dict[str, Any],
+    tiny_model: Path,
+    reader: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     process, run = begin(tmp_path, tiny_model, reader)
     wait_for(run / "rounds/0001/completions/part-00000.parquet", process)
@@ -252,7 +256,7 @@ def test_a_node_dies_in_mid_round_and_the_run_makes_the_same_pairs(
     assert status == 0, output
     assert "generator 0 died and is made anew" in output, output
     assert "judge reader died and is made anew" in output, output
-    assert_same_run(observed(run), golden("tiny"), within=1e-4)
+    assert_same_run(observed(run), one_process, within=1e-5)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [(line["round"], line["step"]) for line in lines if line["stage"] == "train"]
     assert len(steps) == len(set(steps))

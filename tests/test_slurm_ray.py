@@ -8,9 +8,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-from golden_run import golden, observed, replay, write_config
+from golden_run import assert_same_run, observed, replay, write_config
 from nodes import until
 from ray_nodes import slowed
 from slurm_cluster import Cluster, cluster
@@ -43,7 +44,7 @@ def job_in(told: str, pattern: str) -> int:
 
 
 def test_a_run_on_ray_over_two_nodes_queues_again_once_and_ends_with_the_golden_pairs(
-    slurm: Cluster, tiny_model: Path, tmp_path: Path
+    slurm: Cluster, one_process: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, tiny_model, "tiny", placement={"kind": "ray", "device": "cpu"})
     run = replay(config, "tiny")
@@ -75,10 +76,7 @@ def test_a_run_on_ray_over_two_nodes_queues_again_once_and_ends_with_the_golden_
     assert over["NodeList"] == "n[1-2]"
     assert text.count(f"job {job} queues again") == 1
     assert token not in text
-    found, expected = observed(run), golden("tiny")
-    for index in ("1", "2"):
-        assert found[index]["pairs"] == expected[index]["pairs"]
-        assert found[index]["losses"] == pytest.approx(expected[index]["losses"], abs=1e-4)
+    assert_same_run(observed(run), one_process, within=1e-5)
     # What its shells told each other goes with them.
     assert sorted(path.name for path in run.parent.iterdir()) == ["tiny", log.name, "tiny.sbatch"]
 

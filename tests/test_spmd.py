@@ -6,7 +6,9 @@ import os
 import pickle
 import signal
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -17,6 +19,7 @@ import yaml
 from fakes import run_values
 from golden_run import (
     ROOT,
+    Running,
     assert_same_run,
     finish,
     golden,
@@ -53,12 +56,12 @@ def accelerate(name: str) -> list[str]:
     return ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "2"]
 
 
-LAUNCHERS: dict[str, tuple[list[str], int]] = {
-    "plain": (accelerate("cpu"), 0),
-    "zero1": (TORCHRUN, 1),
-    "zero2": (accelerate("zero2"), 0),
-    "zero3": (accelerate("zero3"), 0),
-    "zero3_offload": (accelerate("zero3_offload"), 0),
+LAUNCHERS: dict[str, tuple[Callable[[Path], Running], int]] = {
+    "plain": (partial(launch, launcher=accelerate("cpu")), 0),
+    "zero1": (partial(launch, launcher=TORCHRUN), 1),
+    "zero2": (start_ranks, 2),
+    "zero3": (start_ranks, 3),
+    "zero3_offload": (partial(launch, launcher=accelerate("zero3_offload")), 0),
 }
 
 
@@ -70,7 +73,7 @@ def test_one_process_repeats_the_golden_run(one_process: dict[str, Any]) -> None
 
 @pytest.mark.engine
 def test_a_real_model_repeats_its_golden_run(smollm2: str, tmp_path: Path) -> None:
-    assert_same_run(run(tmp_path, smollm2, "smollm2", []), golden("smollm2"), within=1e-4)
+    assert_same_run(run(tmp_path, smollm2, "smollm2"), golden("smollm2"), within=1e-4)
 
 
 @pytest.mark.engine
@@ -78,8 +81,8 @@ def test_a_real_model_repeats_its_golden_run(smollm2: str, tmp_path: Path) -> No
 def test_ranks_repeat_the_run_of_one_process(
     one_process: dict[str, Any], tiny_model: Path, tmp_path: Path, how: str
 ) -> None:
-    launcher, zero = LAUNCHERS[how]
-    assert_same_run(run(tmp_path, tiny_model, "tiny", launcher, zero), one_process, within=1e-5)
+    begin, zero = LAUNCHERS[how]
+    assert_same_run(run(tmp_path, tiny_model, "tiny", begin, zero), one_process, within=1e-5)
 
 
 @pytest.mark.engine
