@@ -134,7 +134,7 @@ def _scores(answers: pl.DataFrame, rng: np.random.Generator) -> pl.DataFrame:
 
 
 def pairloop(folder: Path) -> tuple[int, dict[str, Any]]:
-    """`select_pairs`, as a round calls it."""
+    """`select_pairs` of all answers at once, which a round calls for a shard at a time."""
     completions, scores = (
         pl.read_parquet(folder / name / "*.parquet") for name in ("completions", "scores")
     )

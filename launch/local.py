@@ -136,7 +136,9 @@ class Wiring:
         from rollout.weight_sync import Serving
 
         hush_transformers()
-        # Who frees memory collects garbage; the libraries' millions of objects are none.
+        # Who frees memory collects garbage; the libraries' millions of objects are none. What a run
+        # before this one left is.
+        gc.collect()
         gc.freeze()
         config, plan, judging = self.config, self.plan, self.judging
         roles = Roles(config, plan)
@@ -180,6 +182,7 @@ class Wiring:
                 serving.close()
             finally:
                 judging.close()
+                gc.unfreeze()
 
     def _way(self, roles: Roles, say: Callable[[str], None]) -> Path:
         """The folder that versions travel through, empty of what a killed run left there."""

@@ -28,8 +28,8 @@ def select(
     round
         The round that selection.strategy best_random draws for.
     ray
-        Select part by part under Ray Data, on the cluster of RAY_ADDRESS or on this machine, where
-        all is larger than memory. The pairs are the same.
+        Select parts side by side under Ray Data, on the cluster of RAY_ADDRESS or on this machine;
+        pairs may be larger than memory, too. They are the same.
     """
     from contextlib import nullcontext
 

@@ -65,7 +65,7 @@ def met(device: str) -> Iterator[Met]:
     """The ranks, until the block ends.
 
     Who fails in it says why before its process ends, and only then do the others lose it: they
-    point to what stands above.
+    point to what stands above. Raises InputError as `join` does.
     """
     found = join(device)
     try:

@@ -108,6 +108,8 @@ class Checkpoints:
                 raise InputError(
                     f"{folder / name}: its SHA-256 is {found}, not {expected} as written; {redo}"
                 )
+        if not (folder / TRAINED).is_dir():
+            raise InputError(f"{folder} was written by another version of pairloop; {redo}")
         load_trained(self._policy, folder / TRAINED)
         self._sharding.reload()
         kept = torch.load(folder / self._own, weights_only=True, map_location="cpu")
@@ -147,13 +149,14 @@ class Checkpoints:
 
 def save_trained(policy: Policy, folder: Path, group: Group = ALONE) -> None:
     """The trained weights as they are, fp32 masters included; rank 0 writes them, and holds no more
-    than a file's (`write_weights`)."""
+    than a file's (`write_weights`). Raises InputError on rank 0 where the disk is full."""
 
     def whole() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in policy.trainable():
             # One at a time: split over ranks, they may be whole on none.
             with policy.gathered([parameter], False):
-                yield name, parameter.detach()
+                copied = parameter.detach().to("cpu", copy=True) if group.main else parameter
+            yield name, copied
 
     left = whole()
     try:
@@ -162,9 +165,8 @@ def save_trained(policy: Policy, folder: Path, group: Group = ALONE) -> None:
                 name: torch.empty(whole_shape(parameter), dtype=parameter.dtype, device="meta")
                 for name, parameter in policy.trainable()
             }
-            stored = ((n, w.to("cpu", copy=True).contiguous()) for n, w in left)
             with atomic_folder(folder) as staging:
-                write_weights(staging, stored, shapes)
+                write_weights(staging, ((n, w.contiguous()) for n, w in left), shapes)
     finally:
         # Whatever could not be written, the others gather to the end.
         deque(left, maxlen=0)

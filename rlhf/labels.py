@@ -148,6 +148,7 @@ def _capped(labels: pl.DataFrame, limit: int | None) -> pl.DataFrame:
         .sort("place", *group, "prompt_id", "sample")
         .head(limit)
         .sort("prompt_id", "sample")
+        .select(labels.columns)
     )
 
 

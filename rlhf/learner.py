@@ -27,6 +27,7 @@ from rlhf.checkpoint import Checkpoints, Progress, load_trained, save_trained
 from rlhf.config_offline import Trains
 from rlhf.errors import NonFiniteError
 from rlhf.examples import Example, Step, at_reference, logps_of, sequences
+from rlhf.files import remove
 from rlhf.group import Group
 from rlhf.kept import Kept
 from rlhf.logprobs import Batch, sequence_logps, split_rows
@@ -40,7 +41,8 @@ from rlhf.scoring import Scorer
 from rlhf.sharding import Replicated, Sharding
 from rlhf.types import Completion, Trained
 
-BEST = "best"
+BEST = "best-{:06d}"
+"""Weights after the step with the lowest validation loss."""
 T = TypeVar("T")
 
 
@@ -223,11 +225,11 @@ class Learner:
             found |= {"learning_rate": rate, "tokens_per_second": step.tokens / seconds}
             progress.step += 1
             if held is not None and progress.step % (len(steps) // self.settings.epochs) == 0:
-                found |= self._validate(held, progress, state / BEST)
+                found |= self._validate(held, progress, state)
             on_step(progress.step, found)
             self._save_or_stop(checkpoints, progress, len(steps), check)
         if progress.best_step not in (None, progress.step):
-            load_trained(self.policy, state / BEST)
+            load_trained(self.policy, state / BEST.format(progress.best_step))
             self.sharding.reload()
         self.sharding.begin()
         return Trained(
@@ -239,14 +241,17 @@ class Learner:
             progress.best_loss,
         )
 
-    def _validate(self, held: Step, progress: Progress, best: Path) -> dict[str, float]:
+    def _validate(self, held: Step, progress: Progress, state: Path) -> dict[str, float]:
         """Measure the held-out examples after an epoch; keep the weights if they are the best."""
         found = self.measure(held)
         # A loss that is no number is never the best.
         if progress.best_loss is None or found["loss"] < progress.best_loss:
             progress.best_loss, progress.best_step = found["loss"], progress.step
             progress.stale_epochs = 0
-            save_trained(self.policy, best, self.group)
+            save_trained(self.policy, state / BEST.format(progress.step), self.group)
+            # The newest checkpoint may still name the one before.
+            for old in sorted(state.glob("best-*"))[:-2] if self.group.main else ():
+                remove(old)
         else:
             progress.stale_epochs += 1
         return {f"validation_{name}": value for name, value in found.items()}

@@ -152,7 +152,8 @@ def deepspeed() -> Any:
         raise InputError(
             f"placement.zero needs DeepSpeed: {error}; pip install 'pairloop[deepspeed]'"
         ) from None
-    # Sums through a CPU's shared memory serve inference alone, and the first start would wait two
-    # minutes for a compiler.
-    library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if library.accelerator.get_accelerator().device_name() == "cpu":
+        # Sums through shared memory serve inference alone, and the first start would wait two
+        # minutes for a compiler.
+        library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return library

@@ -134,20 +134,28 @@ def read(shard: Shard) -> Tables:
 
 
 def in_turn(shards: Sequence[Shard], given: Rules, round: int) -> Selected:
-    """`select_pairs` of all shards, with one of them in memory at a time.
+    """`select_pairs` of all shards, with one of them in memory at a time. Where there is a cap they
+    are gone through once more, so that no pair is held that it takes out.
 
     Raises what `select_pairs` does, with InputError for what is wrong with the tables.
     """
     check_prompts(shards[0].prompts)
     rules = settled(given, lambda: noise(shards, given))
-    found = [shard_pairs(shard, rules, round) for shard in shards]
-    keys, funnel = together([small for small, _ in found], shards[0].prompts.parent, rules)
-    pairs = pl.concat(large for _, large in found).join(keys, on=list(PAIR), how="semi")
-    return Selected(pairs.sort(PAIR), funnel)
+    again = rules.max_pairs is not None and len(shards) > 1
+    summaries, held = list[Summary](), list[pl.DataFrame]()
+    for shard in shards:
+        summary, pairs = shard_pairs(shard, rules, round)
+        summaries.append(summary)
+        if not again:
+            held.append(pairs)
+    keys, funnel = together(summaries, shards[0].prompts.parent, rules)
+    tables = (shard_pairs(shard, rules, round)[1] for shard in shards) if again else held
+    kept = pl.concat(table.join(keys, on=list(PAIR), how="semi") for table in tables)
+    return Selected(kept.sort(PAIR), funnel)
 
 
 def noise(shards: Sequence[Shard], rules: Rules) -> Noise:
-    """`noise_of` all shards."""
+    """`noise_of` all shards. Raises InputError where their tables are not sound."""
     return noise_from(reduce(add, (shard_noise(shard, rules) for shard in shards)), rules)
 
 

@@ -130,12 +130,15 @@ class StageBase:
         generator = self.parts.serving.at(draw.version, self.policy(draw.version))
         ended = Event()
         asked = self._ahead.setdefault((round.index, draw.name), {})
+        scores = round.sharded(draw.scores, len(draw.shards))
 
         def work() -> None:
             jobs = draw.jobs(takewhile(lambda _: not ended.is_set(), wanted))
             for at, drawn in stream(generator, jobs):
                 table = _checked(draw, wanted[at], drawn)
                 completions.write(wanted[at], table)
+                for number in [n for n, found in asked.items() if not found.waiting]:
+                    scores.write(number, asked.pop(number).scores())
                 # Those of this round come first where judges are slow.
                 if (
                     self.parts.judges_beside

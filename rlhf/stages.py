@@ -51,7 +51,7 @@ class Stages(WatchStages):
         Answers of a version that lies further back than `rounds.max_staleness` allows are left out.
         No stage of this one draws any: whoever changes that is seen here.
 
-        Raises DataGateError on too many abstentions.
+        Raises DataGateError on too many abstentions, and where every answer is too old.
         """
         assert round.index is not None
         before = round.index - 1

@@ -90,8 +90,10 @@ class WatchStages(StageBase):
         with self.timed(round, "audit"):
             drawn = round.table("audit/pairs", lambda: draw_pairs(pairs, count, seed))
             judged = [(j.name, d) for j in self.config.judges.audit for d in j.dimensions]
-            items = self._answers_of(drawn, prompts, answered)
-            scores = round.table("audit/scores", lambda: self.parts.watch.audit(items))
+            scores = round.table(
+                "audit/scores",
+                lambda: self.parts.watch.audit(self._answers_of(drawn, prompts, answered)),
+            )
             found = round.record("audit", lambda: audited(drawn, scores, judged, resamples))
             self._offer_sheet(index, drawn, prompts)
         if judged:

@@ -117,7 +117,9 @@ def wait_for(path: Path, process: Running) -> None:
     end = time.monotonic() + 300
     while not path.exists():
         assert process.poll() is None, finish(process)
-        assert time.monotonic() < end, f"{path} did not appear"
+        if time.monotonic() > end:
+            process.kill()
+            raise AssertionError(f"{path} did not appear: {finish(process)}")
         time.sleep(0.01)
 
 

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext
@@ -60,6 +61,8 @@ class Fork:
             ]
             for process in self._processes:
                 process.start()
+            # One that a failed test left would be waited for.
+            atexit.register(self.kill)
         finally:
             os.environ.clear()
             os.environ.update(before)
@@ -141,8 +144,11 @@ def _become(arguments: list[str], cwd: str, output: str, variables: dict[str, st
     if before := variables.get("RUN_BEFORE"):
         runpy.run_path(before)
     try:
-        sys.exit(main(arguments))
-    finally:
-        # A forked process leaves without them.
-        with contextlib.suppress(Exception):
-            atexit._run_exitfuncs()
+        status = main(arguments)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    # A forked process leaves without them.
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    sys.exit(status)

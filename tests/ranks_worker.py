@@ -16,6 +16,7 @@ import polars as pl
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -89,6 +90,17 @@ def count_gathers(learner: Learner, counted: Counter[str]) -> Callable[[], None]
         coordinator.fetch_sub_module, chunked.cross_entropy = fetch, score
 
     return undo
+
+
+def save_gathered(policy: Policy, folder: Path, group: Group) -> None:
+    """Trained weights, weight by weight, by other code than what stores versions."""
+    kept = {}
+    for name, parameter in policy.trainable():
+        with policy.gathered([parameter], False):
+            kept[name] = parameter.detach().clone()
+    if group.main:
+        folder.mkdir(parents=True)
+        save_file(kept, folder / "model.safetensors")
 
 
 class Case:
@@ -187,13 +199,13 @@ class Case:
         self.group.wait()
         self.learner.save(policy, "A test's policy.\n")
         self.learner.save_merged(merged)
-        # Weight by weight, by other code than what was saved above.
-        save_trained(self.learner.policy, self.out / f"gathered-{index}", self.group)
+        save_gathered(self.learner.policy, self.out / f"gathered-{index}", self.group)
         self.group.wait()
 
-    def fill_disk(self) -> list[str | None]:
-        """What each rank hears where the first can't write a version that all gather."""
-        heard = None
+    def fill_disk(self) -> list[list[str]]:
+        """What each rank hears where the first can't write what all gather: a version, and the
+        weights of a checkpoint."""
+        heard = []
 
         def fail(*_: Any, **__: Any) -> None:
             raise OSError("the disk is full")
@@ -201,10 +213,15 @@ class Case:
         with pytest.MonkeyPatch.context() as patch:
             if self.group.main:
                 patch.setattr("rlhf.weights.save_file", fail)
-            try:
-                self.learner.save_merged(self.out / "failed")
-            except OSError as error:
-                heard = str(error)
+            saves: list[Callable[[], None]] = [
+                lambda: self.learner.save_merged(self.out / "failed"),
+                lambda: save_trained(self.learner.policy, self.out / "failed too", self.group),
+            ]
+            for save in saves:
+                try:
+                    save()
+                except OSError as error:
+                    heard.append(str(error))
         return self.group.gather(heard)
 
     def run(self) -> dict[str, Any]:
@@ -233,7 +250,7 @@ def attempt(folder: Path, case: dict[str, Any], group: Group) -> dict[str, Any]:
         StepLoss.parts = PARTS  # type: ignore[method-assign]
         trial.undo()
     trial.out.mkdir(exist_ok=True)
-    save_trained(trial.learner.policy, trial.out / "after", group)
+    save_gathered(trial.learner.policy, trial.out / "after", group)
     return {"errors": errors}
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from rlhf.answers import AT_ONCE
 from rlhf.canaries import Items
 from rlhf.config import RunConfig
-from rlhf.errors import Interrupted
+from rlhf.errors import DataGateError, Interrupted
 from rlhf.protocols import Job, Sampling
 from rlhf.rounds import RunStore
 from rlhf.stages import Stages
@@ -301,6 +301,16 @@ def test_what_is_older_than_allowed_is_left_out_and_told(tmp_path: Path) -> None
     assert said == ["round 3: 4 completions are too old and left out"]
     assert completions["policy_version"].unique().to_list() == [2]
     assert completions.height == scores.height == 20
+
+
+def test_a_round_whose_answers_are_all_too_old_trains_nothing(tmp_path: Path) -> None:
+    with stages(tmp_path, Generators(), Ready(), max_staleness=1) as (do, _):
+        old = do.draw("completions", PROMPTS, 0)
+        shards = do.store.round(3).sharded("completions", 6)
+        for number in range(6):
+            shards.write(number, completions_table(drawn(old.shards[number], 0)))
+        with pytest.raises(DataGateError, match="round 3: every completion is older than"):
+            sampled(do, 3)
 
 
 def test_a_failure_while_drawing_ahead_stops_the_run(tmp_path: Path) -> None:

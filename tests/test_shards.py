@@ -24,7 +24,7 @@ from rlhf import duplicate_shards, selection_shards
 from rlhf.duplicate_shards import Alike, Slice
 from rlhf.duplicates import first_of_equals, repeating, standing
 from rlhf.errors import InputError
-from rlhf.labels import select_labels
+from rlhf.labels import labels_schema, select_labels
 from rlhf.noise import NoiseSums, noise_from, noise_sums
 from rlhf.rules import Rules
 from rlhf.selection import Tables, candidates_of, cold_start, select_pairs
@@ -138,14 +138,14 @@ def test_one_shard_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
     """Who selects, labels, analyses or looks at a start lets go of a shard before the next."""
     answers = voted(40, seed=1)
     shards = store(tmp_path, answers, shared_out(answers[2]["prompt_id"].to_list(), 8, 1))
-    held: list[weakref.ref[pl.DataFrame]] = []
+    held: list[list[weakref.ref[pl.DataFrame]]] = []
     alive: list[int] = []
 
     def reading(shard: Shard) -> Tables:
         gc.collect()
-        alive.append(sum(table() is not None for table in held))
+        alive.append(sum(any(table() is not None for table in shard) for shard in held))
         found = read(shard)
-        held.append(weakref.ref(found[0]))
+        held.append([weakref.ref(table) for table in found])
         return found
 
     read = selection_shards.read
@@ -159,6 +159,13 @@ def test_one_shard_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
     assert analyse(given, pairs, rules, Draw(1, 50))["constraints"]["analysed_prompts"] == 5
     # The one that was read before is still a local variable of whoever goes through them.
     assert len(alive) >= 8 * 7 and max(alive) <= 1
+    capped, passes = replace(rules, min_margin=0.0, max_pairs=3), len(alive)
+    assert in_turn(shards, capped, round=0).pairs.equals(
+        select_pairs(*answers, capped, round=0).pairs
+    )
+    assert len(alive) == passes + 8 * 2, "the second time with the cap"
+    labels = select_labels(given, capped).pairs
+    assert labels.height == 3 and labels.schema == labels_schema(rules.needed)
 
 
 @pytest.mark.slow

@@ -34,13 +34,13 @@ from golden_run import (
 from test_reward_model_judge import save_reward_model
 
 from launch.placement import launched
-from launch.ranks import Lead, Met, _alone, join, sendable
+from launch.ranks import Lead, Met, _alone, join, met, sendable
 from launch.shared_judges import SharedBackend, SharedRewardEngine
 from launch.spmd import Leading, train, with_launchers_zero
 from rlhf.config import RunConfig
 from rlhf.config_io import load
 from rlhf.config_judges import LlmSpec, RewardModelSpec
-from rlhf.errors import InputError
+from rlhf.errors import InputError, Interrupted
 from rlhf.files import read_json
 from rlhf.group import Group
 from rlhf.types import completions_of
@@ -60,7 +60,7 @@ LAUNCHERS: dict[str, tuple[Callable[[Path], Running], int]] = {
     "plain": (partial(launch, launcher=accelerate("cpu")), 0),
     "zero1": (partial(launch, launcher=TORCHRUN), 1),
     "zero2": (start_ranks, 2),
-    "zero3": (start_ranks, 3),
+    "zero3": (partial(launch, launcher=accelerate("zero3")), 0),
     "zero3_offload": (partial(launch, launcher=accelerate("zero3_offload")), 0),
 }
 
@@ -280,6 +280,21 @@ def test_what_zero_can_not_do_is_refused_before_ranks_meet_or_load(
     }
     with pytest.raises(InputError, match=words):
         train(config.model_copy(update=changed))
+
+
+def test_who_fails_stays_until_it_has_said_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then its process ends, and the others lose it; what all agreed on parts them at once."""
+    left: list[str] = []
+    monkeypatch.setattr("launch.ranks.join", lambda device: device)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: left.append("left"))
+    with pytest.raises(OSError, match="full"), met("cpu"):
+        raise OSError("the disk is full")
+    assert left == []
+    with pytest.raises(Interrupted), met("cpu"):
+        raise Interrupted("a signal")
+    with met("cpu"):
+        pass
+    assert left == ["left", "left"]
 
 
 def test_spmd_without_a_launcher_says_how_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
