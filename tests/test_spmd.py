@@ -58,7 +58,7 @@ def accelerate(name: str) -> list[str]:
 
 LAUNCHERS: dict[str, tuple[Callable[[Path], Running], int]] = {
     "plain": (partial(launch, launcher=accelerate("cpu")), 0),
-    "zero1": (partial(launch, launcher=TORCHRUN), 1),
+    "zero1": (start_ranks, 1),
     "zero2": (start_ranks, 2),
     "zero3": (partial(launch, launcher=accelerate("zero3")), 0),
     "zero3_offload": (partial(launch, launcher=accelerate("zero3_offload")), 0),

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fakes
@@ -17,6 +15,7 @@ import psutil
 import pytest
 import torch
 from golden_run import environment
+from light_actors import BrokenRoles, FewRoles, Worker
 from nodes import one_cluster
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -24,7 +23,6 @@ from transformers import AutoTokenizer
 from launch.cluster import parse
 from launch.layout import ENGINE_SHARE, Layout, options
 from launch.placement import Plan
-from launch.ranks import RankLostError
 from launch.ray_run import _seated
 from launch.roles import Cards, Roles
 from rlhf.config import RunConfig
@@ -69,13 +67,6 @@ def layout(config: RunConfig, colocated: bool) -> Layout:
     return next(options(wanted, parse(f"1x{cards}xA100-80GB"), None))[0]
 
 
-class FewRoles:
-    """Makes a generator that only remembers what cards it was given."""
-
-    def generator(self, longest: int, cards: Cards) -> Any:
-        return SimpleNamespace(concurrency=SimpleNamespace(say=print), cards=lambda: cards)
-
-
 @pytest.mark.parametrize("colocated", [True, False])
 def test_an_engine_sees_the_gpus_of_its_places_and_no_other(
     cluster: Any, tmp_path: Path, colocated: bool
@@ -112,22 +103,6 @@ def test_an_engine_sees_the_gpus_of_its_places_and_no_other(
             cluster.kill(actor)
 
 
-class BrokenRoles:
-    """Makes a generator that raises, its engine having lost a worker or not."""
-
-    plan = Plan("cpu", "vllm", "merged")
-
-    def __init__(self, broken: bool) -> None:
-        self.broken = broken
-
-    def generator(self, longest: int, cards: Cards) -> Any:
-        def fail() -> None:
-            raise ValueError("as asked")
-
-        concurrency = SimpleNamespace(say=print)
-        return SimpleNamespace(concurrency=concurrency, broken=self.broken, fail=fail)
-
-
 def test_an_actor_whose_engine_lost_a_worker_counts_as_dead(cluster: Any, tmp_path: Path) -> None:
     from launch.actors import LOST, answered
     from launch.generator_actors import GeneratorActor
@@ -155,25 +130,6 @@ def test_a_generator_that_dies_each_time_ends_the_run_clearly(cluster: Any, tmp_
     assert [line for line in said if "made anew" in line] == [
         f"generator 0 died and is made anew ({again} of {TRIES})" for again in range(1, TRIES + 1)
     ]
-
-
-class Worker:
-    """An actor that ends a call in one way or another."""
-
-    def answer(self) -> int:
-        return 7
-
-    def hang(self) -> None:
-        threading.Event().wait()
-
-    def refuse(self) -> None:
-        raise ValueError("as asked")
-
-    def lose(self) -> None:
-        raise RankLostError("another rank ended")
-
-    def die(self) -> None:
-        os._exit(1)
 
 
 @pytest.mark.parametrize(
