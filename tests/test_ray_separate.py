@@ -134,9 +134,67 @@ def test_a_generator_that_dies_while_it_draws_ahead_is_made_anew(
     assert drawn.select("prompt_id", "sample").n_unique() == drawn.height == 8 * 4
 
 
+def raylets(cluster: Cluster) -> tuple[int, int]:
+    """Processes of the head's and of the other node's raylet, whose children its actors are."""
+    (other,) = cluster.worker_nodes
+    nodes: list[Any] = [cluster.head_node, other]
+    head, rest = (node.all_processes["raylet"][0].process.pid for node in nodes)
+    return head, rest
+
+
+def test_everybody_sits_on_the_node_that_the_plan_says(
+    cluster: Cluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = load([write_config(tmp_path, tiny_model, "tiny", placement=PLACEMENT)])
+    with joined() as found:
+        import ray
+
+        layout = plan_cluster(config, found).layout
+        nodes = [node["NodeID"] for node in alive()]
+        head: Any = cluster.head_node
+        assert nodes[0] == head.node_id and len(nodes) == 2
+        with _seated(layout) as seats:
+            for role, planned in (("learner", 0), ("generator", 1)):
+                (seat,) = seats.of[role]  # type: ignore[index]
+                where = seat.ask(lambda: ray.get_runtime_context().get_node_id())
+                # The head has room for all, and more of it.
+                assert ray.get(where, timeout=120) == nodes[planned]
+
+
+def test_a_node_dies_in_mid_round_and_the_run_makes_the_same_pairs(
+    cluster: Cluster,
+    one_process: dict[str, Any],
+    tiny_model: Path,
+    reader: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    process, run = begin(tmp_path, tiny_model, reader)
+    wait_for(run / "rounds/0001/completions/part-00000.parquet", process)
+    head, other = raylets(cluster)
+    lost = actors("GeneratorActor") + actors("JudgeActor")
+    assert [actor.ppid() for actor in lost] == [other, other]
+    assert [actor.ppid() for actor in actors("LearnerActor")] == [head]
+    (doomed,) = cluster.worker_nodes
+    cluster.remove_node(doomed, allow_graceful=False)
+    # Nobody else ends them.
+    _, left = psutil.wait_procs(lost, timeout=120)
+    assert not left
+    status, output = finish(process)
+    assert status == 0, output
+    assert "generator 0 died and is made anew" in output, output
+    assert "judge reader died and is made anew" in output, output
+    assert_same_run(observed(run), one_process, within=1e-5)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [(line["round"], line["step"]) for line in lines if line["stage"] == "train"]
+    assert len(steps) == len(set(steps))
+
+
 def test_engines_as_actors_serve_an_adapter_though_one_dies_and_judge_with_a_model(
     cluster: Cluster, tiny_model: Path, smollm2: str, tmp_path: Path
 ) -> None:
+    # The test before this one has removed a node.
+    while len(cluster.worker_nodes) < 2:
+        cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20)
     (rules,) = run_values(tmp_path, tiny_model)["judges"]["panel"]
     # "helpfulness" has no standard weight. A model this small abstains.
     judge = {
@@ -205,58 +263,3 @@ def test_engines_as_actors_serve_an_adapter_though_one_dies_and_judge_with_a_mod
     )
     assert max(gaps) < 5e-3 < min(moved)
     assert not adapter_folder(run, 0).exists()
-
-
-def raylets(cluster: Cluster) -> tuple[int, int]:
-    """Processes of the head's and of the other node's raylet, whose children its actors are."""
-    (other,) = cluster.worker_nodes
-    nodes: list[Any] = [cluster.head_node, other]
-    head, rest = (node.all_processes["raylet"][0].process.pid for node in nodes)
-    return head, rest
-
-
-def test_everybody_sits_on_the_node_that_the_plan_says(
-    cluster: Cluster, tiny_model: Path, tmp_path: Path
-) -> None:
-    config = load([write_config(tmp_path, tiny_model, "tiny", placement=PLACEMENT)])
-    with joined() as found:
-        import ray
-
-        layout = plan_cluster(config, found).layout
-        nodes = [node["NodeID"] for node in alive()]
-        head: Any = cluster.head_node
-        assert nodes[0] == head.node_id and len(nodes) == 2
-        with _seated(layout) as seats:
-            for role, planned in (("learner", 0), ("generator", 1)):
-                (seat,) = seats.of[role]  # type: ignore[index]
-                where = seat.ask(lambda: ray.get_runtime_context().get_node_id())
-                # The head has room for all, and more of it.
-                assert ray.get(where, timeout=120) == nodes[planned]
-
-
-def test_a_node_dies_in_mid_round_and_the_run_makes_the_same_pairs(
-    cluster: Cluster,
-    one_process: dict[str, Any],
-    tiny_model: Path,
-    reader: dict[str, Any],
-    tmp_path: Path,
-) -> None:
-    process, run = begin(tmp_path, tiny_model, reader)
-    wait_for(run / "rounds/0001/completions/part-00000.parquet", process)
-    head, other = raylets(cluster)
-    lost = actors("GeneratorActor") + actors("JudgeActor")
-    assert [actor.ppid() for actor in lost] == [other, other]
-    assert [actor.ppid() for actor in actors("LearnerActor")] == [head]
-    (doomed,) = cluster.worker_nodes
-    cluster.remove_node(doomed, allow_graceful=False)
-    # Nobody else ends them.
-    _, left = psutil.wait_procs(lost, timeout=120)
-    assert not left
-    status, output = finish(process)
-    assert status == 0, output
-    assert "generator 0 died and is made anew" in output, output
-    assert "judge reader died and is made anew" in output, output
-    assert_same_run(observed(run), one_process, within=1e-5)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [(line["round"], line["step"]) for line in lines if line["stage"] == "train"]
-    assert len(steps) == len(set(steps))
