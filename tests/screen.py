@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 COLUMNS, LINES = 100, 45
-DEADLINE = 120.0
+DEADLINE = 600.0
 _CODE = re.compile(rb"\x1b\[([?\d;]*)([A-Za-z])")
 
 

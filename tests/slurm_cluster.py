@@ -108,7 +108,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             stack.enter_context(daemon(slurmd, folder, f"slurmd-{name}"))
         made = Cluster(folder, first)
         try:
-            until(made.idle, 60, "both nodes are idle")
+            until(made.idle, 120, "both nodes are idle")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{made.logs()}") from None
         yield made

@@ -16,7 +16,7 @@ from preloaded import Fork
 
 pytestmark = pytest.mark.engine
 
-DEADLINE = 120.0
+DEADLINE = 600.0
 POLL = 0.002
 
 # In the order a run makes them: after each, or in the middle of the stage that follows, it dies.

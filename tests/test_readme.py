@@ -76,7 +76,9 @@ def test_a_config_opens_with_hardware_time_and_a_command_that_runs(
         (tmp_path / folder).symlink_to(ROOT / folder)
     for line in (line for line in header if line.startswith("python ")):
         prepare = [sys.executable, *shlex.split(line)[1:]]
-        subprocess.run(prepare, check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        subprocess.run(
+            prepare, check=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
     for line in (line for line in header if line.startswith("pairloop init ")):
         printed, arrow, target = shlex.split(line)[2:]
         assert (printed, arrow) == (path.stem, ">")

@@ -22,7 +22,7 @@ from slurm_cluster import Cluster, cluster
 # Another file's cluster may have to end first.
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
-DEADLINE = 300.0
+DEADLINE = 600.0
 TESTS = Path(__file__).parent
 
 
@@ -97,7 +97,7 @@ def test_a_job_that_is_told_to_stop_queues_again_once_and_goes_on_exactly(
     until(first.is_dir, DEADLINE, f"{first} is there")
     slurm.run("scancel", "--signal=USR1", "--batch", str(job))
 
-    until(lambda: slurm.show(job)["JobState"] == "PENDING", 60, "the job is queued again")
+    until(lambda: slurm.show(job)["JobState"] == "PENDING", 120, "the job is queued again")
     assert slurm.show(job)["Restarts"] == "1"
     assert trial.status()["state"] == "interrupted", trial.log(job)
     assert not (trial.run / "rounds/0001/policy").exists()
@@ -107,7 +107,7 @@ def test_a_job_that_is_told_to_stop_queues_again_once_and_goes_on_exactly(
     stopped_at = len(trial.losses())
     # Slurm holds back for two minutes what queues again. Less will do, but within the second that
     # ended it a node takes the new start for the old one.
-    until(slurm.idle, 60, "both nodes are idle")
+    until(slurm.idle, 120, "both nodes are idle")
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+5seconds")
     over = slurm.wait(job, DEADLINE)
 

@@ -67,7 +67,7 @@ def test_a_run_on_ray_over_two_nodes_queues_again_once_and_ends_with_the_golden_
     assert {f.name for f in checkpoint.glob("rank-*")} == {"rank-00000.pt", "rank-00001.pt"}
     # Slurm holds back for two minutes what queues again. Less will do, but within the second that
     # ended it a node takes the new start for the old one.
-    until(slurm.idle, 60, "both nodes are idle")
+    until(slurm.idle, 120, "both nodes are idle")
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+5seconds")
     over = slurm.wait(job, DEADLINE)
 

@@ -30,7 +30,7 @@ from rlhf.tracking import Trackers, answer_rows, pair_rows
 from rlhf.types import COMPLETIONS, Prompt, pairs_schema
 
 ROOT = Path(__file__).parents[1]
-DEADLINE = 120.0
+DEADLINE = 600.0
 
 
 class Recorder:
