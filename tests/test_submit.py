@@ -317,6 +317,6 @@ def test_a_rank_that_still_waits_for_the_others_lives_through_a_signal(
         raise InputError("the others did not come")
 
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(spmd, "join", join)
+    monkeypatch.setattr("launch.ranks.join", join)
     with pytest.raises(InputError, match="the others did not come"):
         spmd.train(load_config(folder / "run.yaml"))
