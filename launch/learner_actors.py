@@ -18,6 +18,7 @@ from launch.actors import LOST, TRIES, ActorLostError, Seats, all_of, answered, 
 from launch.quiet import hush, hush_transformers
 from launch.roles import Roles, Say
 from rlhf.errors import Interrupted
+from rlhf.files import remove
 from rlhf.packing import TokenPair
 from rlhf.protocols import OnStep
 from rlhf.types import Completion, Trained
@@ -144,8 +145,10 @@ class Learners:
         self._roles = roles
         self._say = say
         self._restored: Path | None = None
+        # Trains again what has been trained since, from its newest checkpoint.
+        self._again: Callable[[], object] = lambda: None
         self._ranks: list[Any] = []
-        self._together(lambda: None, dead=True, hear=say)
+        self._together(lambda: None, hear=say)
 
     @property
     def config(self) -> Any:
@@ -154,26 +157,26 @@ class Learners:
 
     def restore(self, folder: Path | None) -> None:
         """See `Learner.restore`."""
+        self._restored, self._again = folder, lambda: None
         self._together(lambda: self._call("restore", folder))
-        self._restored = folder
 
     def save(self, folder: Path, card: str) -> None:
-        """See `Learner.save`."""
-        try:
-            self._call("save", folder, card)
-        except LOST as error:
-            raise ActorLostError(
-                f"a learner rank died with what it had trained: {error}; the same command goes on "
-                "from the newest checkpoint"
-            ) from error
+        """See `Learner.save`; where a rank dies, what was trained since its newest checkpoint is
+        trained again."""
+        self._write("save", folder, card)
 
     def save_merged(self, folder: Path) -> None:
         """See `Learner.save_merged`."""
-        self._together(lambda: self._call("save_merged", folder))
+        self._write("save_merged", folder)
 
     def release(self) -> None:
-        """See `Learner.release`."""
-        self._together(lambda: self._call("release"))
+        """See `Learner.release`; ranks that died have nothing to give back."""
+        try:
+            if self._ranks:
+                self._call("release")
+        except LOST:
+            self._say("a learner rank died; all are made anew when they are needed")
+            self.close()
 
     def logps(self, completions: Sequence[Completion], initial: bool = False) -> list[list[float]]:
         """See `Learner.logps`."""
@@ -216,18 +219,18 @@ class Learners:
                     last = step
                     on_step(step, values)
 
-        def train() -> Trained:
+        def train(told: Queue | None, tell: Callable[[], None]) -> Any:
             calls = [
-                rank.train.remote(table, reference, round_index, state, None if at else steps)
+                rank.train.remote(table, reference, round_index, state, None if at else told)
                 for at, rank in enumerate(self._ranks)
             ]
-            done: Trained = self._watched(calls, check, tell)
-            return done
+            return self._watched(calls, check, tell)
 
         try:
-            trained: Trained = self._together(train)
+            trained: Trained = self._together(lambda: train(steps, tell))
         finally:
             steps.shutdown()
+        self._again = lambda: train(None, lambda: None)
         return trained
 
     def described(self) -> dict[str, Any]:
@@ -249,7 +252,7 @@ class Learners:
         """Make all ranks anew, with the policy that was restored last: one may wait for good for
         whom it sent to."""
         self.close()
-        self._together(lambda: None, dead=True)
+        self._together(lambda: None)
 
     def close(self) -> None:
         """End the ranks."""
@@ -259,6 +262,17 @@ class Learners:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return all_of([rank.call.remote(method, *arguments) for rank in self._ranks])[0]
+
+    def _write(self, method: str, folder: Path, *arguments: Any) -> None:
+        """Let the first rank write into an empty folder."""
+
+        def ask() -> None:
+            # One that died may have begun.
+            for left in folder.iterdir():
+                remove(left)
+            self._call(method, folder, *arguments)
+
+        self._together(ask)
 
     def _watched(
         self, calls: Sequence[Any], check: Callable[[], None], tell: Callable[[], None]
@@ -279,23 +293,19 @@ class Learners:
         finally:
             tell()
 
-    def _together(
-        self, ask: Callable[[], Any], dead: bool = False, hear: Say = lambda _: None
-    ) -> Any:
-        """What `ask` gives; `dead` where the ranks have to be made first, and what they then have
-        to say is for `hear`."""
+    def _together(self, ask: Callable[[], Any], hear: Say = lambda _: None) -> Any:
+        """What `ask` gives; what ranks that have to be made first have to say is for `hear`."""
         for again in range(TRIES + 1):
             try:
-                if dead:
+                if not self._ranks:
                     self._start(hear)
                     # New ones are at the run's start.
                     if self._restored is not None:
                         self._call("restore", self._restored)
-                    dead = False
+                    self._again()
                 found = ask()
                 self._tell()
             except LOST as error:
-                dead = True
                 self.close()
                 if again == TRIES:
                     raise ActorLostError(

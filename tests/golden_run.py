@@ -82,15 +82,15 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(config: Path) -> Fork:
-    """`pairloop train` on `config`."""
-    return Fork(["train", str(config)], environment(), ROOT)
+def start(config: Path, before: Path | None = None, ranks: int = 0) -> Fork:
+    """`pairloop train` on `config`; its process runs the script `before` first."""
+    told = {} if before is None else {"RUN_BEFORE": str(before)}
+    return Fork(["train", str(config)], {**environment(), **told}, ROOT, ranks)
 
 
 def start_ranks(config: Path, before: Path | None = None) -> Fork:
-    """`pairloop train` on `config`, by two ranks; each runs the script `before` first."""
-    told = {} if before is None else {"RUN_BEFORE": str(before)}
-    return Fork(["train", str(config)], {**environment(), **told}, ROOT, ranks=2)
+    """The same by two ranks."""
+    return start(config, before, ranks=2)
 
 
 def launch(config: Path, launcher: Sequence[str]) -> subprocess.Popen[str]:
