@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch import fit
 from launch.judging import Judging, Sharing
 from launch.machines import this_machine
 from launch.placement import Plan, one_process, place_on, settle
@@ -50,6 +51,8 @@ def run(config: RunConfig, team: Team | None = None, plan: Plan | None = None) -
     terminal = Terminal(config.tracking.plain)
     machine = this_machine()
     config = settle(config, machine)
+    # Ranks and clusters are measured by whoever placed them.
+    wanting = fit.report(config, machine)[1] if team is None else None
     plan = plan or place_on(config, machine)
     team = team or Alone()
     judging = Judging(config, team.engines(plan.device))
@@ -63,6 +66,11 @@ def run(config: RunConfig, team: Team | None = None, plan: Plan | None = None) -
             f"run {store.folder}: {plan.engine} on {plan.device} in "
             f"{config.model.precision}, weights {plan.sync}"
         )
+        if wanting is not None:
+            terminal.say(
+                f"memory: by its estimate this run does not fit {machine.name}, and may be killed: "
+                f"{wanting} (--dry-run shows who needs how much)"
+            )
         watchers = Watchers(terminal, trackers, interrupts)
         try:
             trackers.start(config.run.name, resolved(config), store.folder / "trackers")

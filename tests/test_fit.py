@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+from fakes import run_values
 
-from launch import presets
+from launch import local, presets
 from launch.architectures import Architecture, find
 from launch.fit import report, smallest_change
-from launch.machines import GIB, Machine, parse
+from launch.machines import GIB, Machine, parse, this_machine
 from launch.memory import estimate
 from launch.placement import place_on, settle
 from launch.remedies import SPARE, changed
 from rlhf import config_io
 from rlhf.config import RunConfig
+from rlhf.errors import Interrupted
 
 DESCRIBED = ("1xT4-16GB", "1xA100-40GB", "1xA100-80GB", "1xH100-80GB")
 LAPTOP = Machine("a laptop", 0, 0, None, 16 * GIB, 2 * GIB)
@@ -172,3 +176,25 @@ def test_a_model_of_unknown_size_is_said_to_be_and_the_dry_run_goes_on() -> None
     text = report(preset("smollm2-cpu", model={"path": "org/unheard-of"}), LAPTOP)[0]
     assert text.startswith("memory     not estimated: ")
     assert "hf download org/unheard-of config.json" in text
+
+
+@pytest.mark.parametrize(("gib", "said"), [(0.5, True), (1000, False)])
+def test_a_run_that_will_not_fit_says_so_before_anything_is_loaded(
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gib: float,
+    said: bool,
+) -> None:
+    def far_enough(*_: object) -> NoReturn:
+        raise Interrupted("far enough")
+
+    small = replace(this_machine(), host=int(gib * GIB))
+    monkeypatch.setattr(local, "this_machine", lambda: small)
+    monkeypatch.setattr(local, "Wiring", far_enough)
+    config = RunConfig.model_validate(run_values(tmp_path, tiny_model))
+    with pytest.raises(Interrupted):
+        local.run(config)
+    told = "this run does not fit this machine, and may be killed: no setting makes it fit"
+    assert (told in capsys.readouterr().out) == said
