@@ -6,6 +6,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -54,16 +55,23 @@ class GeneratorActor:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
         hush_transformers()
         self._said: list[str] = []
-        self._generator = roles.generator(longest, Cards(1 + len(held), seat.share))
-        self._generator.concurrency.say = self._said.append
+        self._make = partial(roles.generator, longest, Cards(1 + len(held), seat.share))
+
+    @cached_property
+    def _generator(self) -> Any:
+        # Made with the first call: what a constructor raises counts as a death.
+        generator = self._make()
+        generator.concurrency.say = self._said.append
+        return generator
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What the generator's method gives, or the one of this class that is named so."""
-        target = self if method in ("news", "load") else self._generator
+        generator = self._generator
+        target = self if method in ("news", "load") else generator
         try:
             return getattr(target, method)(*arguments)
         except Exception:
-            if self._generator.broken:
+            if generator.broken:
                 # As a death of its own, after which another is made in its place.
                 ray.actor.exit_actor()  # type: ignore[no-untyped-call]
             raise
@@ -125,8 +133,7 @@ class Generators:
             try:
                 drawn = answered(ready)
             except LOST as error:
-                tried[number] += 1
-                self._replace(at, actor, tried[number], error)
+                tried[number] = self._replace(at, actor, tried[number] + 1, error)
                 again.append((number, job))
                 continue
             yield number, drawn
@@ -219,15 +226,15 @@ class Generators:
         self, at: int, method: str, *arguments: Any, first: tuple[Any, Any] | None = None
     ) -> Any:
         """What an actor's method gives; `first` is the actor and the call that was made already."""
-        for again in range(TRIES + 1):
+        tries = 0
+        while True:
             actor = self._actors[at]
             actor, reference = first or (actor, actor.call.remote(method, *arguments))
             first = None
             try:
                 return answered(reference)
             except LOST as error:
-                self._replace(at, actor, again + 1, error)
-        raise AssertionError("the last failure is raised by _replace")
+                tries = self._replace(at, actor, tries + 1, error)
 
     def _word(self, said: Sequence[Loaded]) -> Loaded:
         word = word_of_all(said, self._published)
@@ -252,13 +259,16 @@ class Generators:
             else:
                 return
 
-    def _replace(self, at: int, lost: Any, tries: int, error: Exception) -> None:
+    def _replace(self, at: int, lost: Any, tries: int, error: Exception) -> int:
         """In place of the actor that was `lost`, a new one that serves what the others serve; one
-        thread at a time, since another may have lost the same."""
+        thread at a time, since another may have lost the same. How many `tries` it has taken: a
+        new one may die while it loads."""
         with self._turn:
-            while self._actors[at] is lost:
+            while True:
                 if tries > TRIES:
                     raise ActorLostError(f"generator {at} died {tries} times: {error}") from error
+                if self._actors[at] is not lost:
+                    return tries
                 self._say(f"generator {at} died and is made anew ({tries} of {TRIES})")
                 ray.kill(lost)
                 made = self._make(at)

@@ -7,7 +7,7 @@ asked again, a few times: the driver keeps nothing of an answer that did not com
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -29,9 +29,15 @@ class JudgeActor:
     def __init__(self, make: Callable[[], Any]) -> None:
         hush()
         hush_transformers()
-        self._held = make()
+        self._make = make
         self._said: list[str] = []
-        self._held.concurrency.say = self._said.append
+
+    @cached_property
+    def _held(self) -> Any:
+        # Made with the first call: what a constructor raises counts as a death.
+        held = self._make()
+        held.concurrency.say = self._said.append
+        return held
 
     def alive(self) -> bool:
         """Answers once it has its place."""
@@ -95,6 +101,9 @@ class Held:
         """What the model's method gives. Raises what it raises, or ActorLostError."""
         with self._turn:
             for again in range(TRIES + 1):
+                # Whoever waited for this turn is not answered any more.
+                if self._closed:
+                    raise ActorLostError(f"judge {self._name} was closed")
                 try:
                     found, news = answered(self._living().call.remote(method, *arguments))
                     for line in news:

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import (
 
 from launch.actors import LOST, TRIES, ActorLostError, Seats, all_of, answered, failed, started
 from launch.quiet import hush, hush_transformers
+from launch.ranks import RankLostError
 from launch.roles import Roles, Say
 from rlhf.errors import Interrupted
 from rlhf.files import remove
@@ -208,29 +209,33 @@ class Learners:
     ) -> Trained:
         """See `Learner.train`; a signal that the driver hears stops all ranks at the same step."""
         last = 0
-        # With the driver, whose end is the run's: a node that dies must not take it along.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        steps = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
-        def tell() -> None:
+        def tell(steps: Queue) -> None:
             nonlocal last
             for step, values in _drained(steps):
                 if step > last:
                     last = step
                     on_step(step, values)
 
-        def train(told: Queue | None, tell: Callable[[], None]) -> Any:
+        def train(told: Queue | None = None) -> Any:
             calls = [
                 rank.train.remote(table, reference, round_index, state, None if at else told)
                 for at, rank in enumerate(self._ranks)
             ]
-            return self._watched(calls, check, tell)
+            return self._watched(calls, check, lambda: None if told is None else tell(told))
 
-        try:
-            trained: Trained = self._together(lambda: train(steps, tell))
-        finally:
-            steps.shutdown()
-        self._again = lambda: train(None, lambda: None)
+        def watched() -> Any:
+            # Beside the driver, whose end is the run's: a node that dies must not take it along.
+            here = ray.get_runtime_context().get_node_id()
+            beside = NodeAffinitySchedulingStrategy(here, soft=False)
+            steps = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": beside})
+            try:
+                return train(steps)
+            finally:
+                steps.shutdown()
+
+        trained: Trained = self._together(watched)
+        self._again = train
         return trained
 
     def described(self) -> dict[str, Any]:
@@ -305,7 +310,8 @@ class Learners:
                     self._again()
                 found = ask()
                 self._tell()
-            except LOST as error:
+            except (*LOST, RankLostError) as error:
+                # Or ranks lost each other, and none of them died.
                 self.close()
                 if again == TRIES:
                     raise ActorLostError(
@@ -327,7 +333,9 @@ class Learners:
             seat.make(LearnerActor, self._roles, rank, world, concurrency=2)
             for rank, seat in enumerate(self._seats)
         ]
-        (address, *_) = started([rank.address.remote() for rank in self._ranks])
+        started([rank.identity.remote() for rank in self._ranks])
+        # Last, so that nobody takes the port meanwhile.
+        address = answered(self._ranks[0].address.remote())
         all_of([rank.meet.remote(address) for rank in self._ranks])
         for line in answered(self._ranks[0].news.remote()):
             say(line)

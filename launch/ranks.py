@@ -147,7 +147,12 @@ class Lead:
         Raises the first rank's error, if any had one; the others have finished by then.
         """
         self._say(Call(target, method, tuple(arguments), collective=False))
-        found = _collect(self.group, _alone(own, method, arguments[0]))
+        try:
+            found = _collect(self.group, _alone(own, method, arguments[0]))
+        except BaseException:
+            # The others wait for this rank's answer.
+            self._heard = False
+            raise
         for answer in found:
             if isinstance(answer, Failure):
                 raise answer.error

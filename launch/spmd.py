@@ -49,7 +49,8 @@ class Leading:
     def learner(self, roles: Roles, say: Say) -> SharedLearner:
         """See `Team.learner`: that of all ranks."""
         group = self.lead.group
-        own = roles.learner(say, lambda policy, _: shard(policy, roles.config, group))
+        with leaving_together():
+            own = roles.learner(say, lambda policy, _: shard(policy, roles.config, group))
         self.lead.listened_to()
         return SharedLearner(own, self.lead)
 

@@ -14,13 +14,14 @@ import pytest
 from golden_run import environment
 from nodes import one_cluster
 from ray.cluster_utils import Cluster
+from ray_forks import forked_workers
 
 
 @contextmanager
 def cluster_of(*cpus: int) -> Iterator[Cluster]:
     """A raylet for each number of CPUs that it pretends to have, the head first; runs that are
     started within find it."""
-    with one_cluster(), pytest.MonkeyPatch.context() as patch:
+    with one_cluster(), forked_workers(), pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
             patch.setenv(name, value)
         memory: dict[str, Any] = {"object_store_memory": 100 * 2**20}

@@ -273,7 +273,7 @@ def test_the_judges_sleep_with_the_generator_and_wake_when_asked() -> None:
 
 @pytest.mark.engine
 def test_a_round_with_policy_and_judge_in_vllm_from_the_command_line(
-    smollm2: str, tmp_path: Path
+    smollm2: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     reader = {
         "kind": "llm",
@@ -284,7 +284,7 @@ def test_a_round_with_policy_and_judge_in_vllm_from_the_command_line(
     }
     values = run_values(
         tmp_path,
-        smollm2,
+        tiny_model,
         rollout={"engine": "vllm", "samples_per_prompt": 3, "max_new_tokens": 16, "top_p": 0.9},
         rounds={"count": 1},
         evaluation={"samples_per_prompt": 1, "kl_prompts": 1, "greedy_prompts": 1},

@@ -39,7 +39,7 @@ def page(request: pytest.FixtureRequest, chromium: Browser, report: Path) -> Ite
     said: list[str] = []
     asked: list[str] = []
     page = chromium.new_page(viewport={"width": request.param, "height": 900})
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(60_000)
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("dialog", lambda dialog: said.append(dialog.message))
@@ -164,7 +164,7 @@ def test_a_calibration_fits_its_window_and_a_link_opens_its_judge(
     path = write_calibration(tmp_path / "page.html", found, ORIGIN, "--report")
     said: list[str] = []
     page = chromium.new_page(viewport={"width": width, "height": 900})
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(60_000)
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.goto(path.as_uri())

@@ -41,7 +41,7 @@ def context(request: pytest.FixtureRequest, chromium: Browser) -> Iterator[Brows
     """A browser that has not seen the sheet yet."""
     width = getattr(request, "param", WIDTHS[0])
     context = chromium.new_context(viewport={"width": width, "height": 900})
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(60_000)
     yield context
     context.close()
 

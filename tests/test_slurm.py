@@ -1,4 +1,4 @@
-"""A run as a Slurm job over two nodes, one rank each: it finishes, stops, queues again, goes on."""
+"""A run as a Slurm job over two nodes, one rank each: it stops, queues again, goes on, ends."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import polars as pl
 import pytest
 import yaml
 from fakes import run_values
+from golden_run import finish, start_ranks
 from nodes import until
 from slurm_cluster import Cluster, cluster
 
@@ -71,27 +72,13 @@ class Trial:
         return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-@pytest.fixture(scope="module")
-def through(
-    tiny_model: Path, slurm: Cluster, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Trial, int, dict[str, str]]:
-    """A job that nobody stops."""
-    trial = Trial(tmp_path_factory.mktemp("through"), tiny_model, slurm)
-    job = trial.submit()
-    return trial, job, slurm.wait(job, DEADLINE)
-
-
-def test_a_job_over_two_nodes_runs_to_its_end(through: tuple[Trial, int, dict[str, str]]) -> None:
-    trial, job, over = through
-    assert (over["JobState"], over["ExitCode"]) == ("COMPLETED", "0:0"), trial.log(job)
-    assert (over["NodeList"], over["NumTasks"], over["Restarts"]) == ("n[1-2]", "2", "0")
-    assert trial.status()["state"] == "done"
-
-
-def test_a_job_that_is_told_to_stop_queues_again_once_and_goes_on_exactly(
-    through: tuple[Trial, int, dict[str, str]], tiny_model: Path, slurm: Cluster, tmp_path: Path
+def test_a_job_over_two_nodes_that_is_told_to_stop_queues_again_once_and_goes_on_exactly(
+    tiny_model: Path, slurm: Cluster, tmp_path: Path
 ) -> None:
-    trial = Trial(tmp_path, tiny_model, slurm)
+    other = Trial(tmp_path / "other", tiny_model, slurm)
+    status, output = finish(start_ranks(other.folder / "run.yaml"))
+    assert status == 0, output
+    trial = Trial(tmp_path / "job", tiny_model, slurm)
     job = trial.submit()
     first = trial.run / "rounds/0001/trainer/checkpoints/000001"
     until(first.is_dir, DEADLINE, f"{first} is there")
@@ -113,10 +100,10 @@ def test_a_job_that_is_told_to_stop_queues_again_once_and_goes_on_exactly(
 
     log = trial.log(job)
     assert (over["JobState"], over["ExitCode"]) == ("COMPLETED", "0:0"), log
-    assert over["Restarts"] == "1"
+    assert (over["NodeList"], over["NumTasks"], over["Restarts"]) == ("n[1-2]", "2", "1")
     assert log.count(f"job {job} queues again") == 1
     assert trial.status()["state"] == "done"
-    other = through[0]
+    # As two ranks that nobody stopped.
     assert 0 < stopped_at < len(other.losses())
     assert trial.losses() == other.losses()
     for name in ("pairs.parquet", "policy/adapter_model.safetensors"):

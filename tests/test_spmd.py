@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +23,7 @@ from golden_run import (
     ROOT,
     Running,
     assert_same_run,
+    environment,
     finish,
     golden,
     launch,
@@ -65,7 +68,8 @@ LAUNCHERS: dict[str, tuple[Callable[[Path], Running], int]] = {
 }
 
 
-# Other processors add up in another order, and Adam makes more of it: a wider bound than below.
+# Other processors add up in another order, and Adam makes more of it: wider bounds than below. Of
+# the real model 1.5e-4 was seen between AVX2 and AVX-512.
 @pytest.mark.engine
 def test_one_process_repeats_the_golden_run(one_process: dict[str, Any]) -> None:
     assert_same_run(one_process, golden("tiny"), within=1e-4)
@@ -73,7 +77,7 @@ def test_one_process_repeats_the_golden_run(one_process: dict[str, Any]) -> None
 
 @pytest.mark.engine
 def test_a_real_model_repeats_its_golden_run(smollm2: str, tmp_path: Path) -> None:
-    assert_same_run(run(tmp_path, smollm2, "smollm2"), golden("smollm2"), within=1e-4)
+    assert_same_run(run(tmp_path, smollm2, "smollm2"), golden("smollm2"), within=1e-3)
 
 
 @pytest.mark.engine
@@ -245,6 +249,40 @@ def test_what_stops_another_rank_ends_all_with_its_cause(
     # What the others say of it comes after, and points there.
     assert cause < output.find("another rank ended") or "another rank ended" not in output, output
     assert read_json(folder / "status.json", "")["state"] != "done"
+
+
+# Something of the interpreter's own end aborts, as a thread that comes back then does.
+ABORTS_LATE = """
+import atexit, os
+class Late:
+    def __del__(self):
+        os._exit(134)
+kept = Late()
+register = atexit.register
+def first(*given):
+    atexit.register = register
+    register(*given)
+    register(print, "all done")
+atexit.register = first
+"""
+
+
+@pytest.mark.parametrize(("variables", "expected"), [({"WORLD_SIZE": "1"}, 0), ({}, 134)])
+def test_a_rank_that_has_done_all_does_not_fail_by_its_end(
+    variables: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ABORTS_LATE)
+    known = {name: value for name, value in environment().items() if name != "WORLD_SIZE"}
+    path = f"{tmp_path}{os.pathsep}{known['PYTHONPATH']}"
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "presets"],
+        env={**known, **variables, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == expected
+    assert "qlora" in done.stdout and done.stdout.endswith("all done\n")
 
 
 def settings(tmp_path: Path, **placement: Any) -> RunConfig:

@@ -17,6 +17,7 @@ import torch
 from golden_run import environment
 from light_actors import BrokenRoles, FewRoles, Worker
 from nodes import one_cluster
+from ray_forks import forked_workers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -40,7 +41,7 @@ WIDTH = 2
 def cluster() -> Iterator[Any]:
     import ray
 
-    with one_cluster(), pytest.MonkeyPatch.context() as patch:
+    with one_cluster(), forked_workers(), pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
             patch.setenv(name, value)
         sizes: dict[str, Any] = {"num_cpus": 8, "num_gpus": 3, "object_store_memory": 100 * 2**20}

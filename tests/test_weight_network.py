@@ -19,6 +19,7 @@ import torch
 from golden_run import environment
 from nodes import one_cluster
 from placements import LORA, at, planned, preset, sizes
+from ray_forks import forked_workers
 from ray_nodes import actors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -299,7 +300,7 @@ def test_what_an_engine_received_is_what_was_sent_and_what_a_new_one_reads(
 def cluster() -> Iterator[Any]:
     import ray
 
-    with one_cluster(), pytest.MonkeyPatch.context() as patch:
+    with one_cluster(), forked_workers(), pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
             patch.setenv(name, value)
         sizes: dict[str, Any] = {"num_cpus": 8, "object_store_memory": 100 * 2**20}
