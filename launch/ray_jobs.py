@@ -41,6 +41,14 @@ def entrypoint(config: RunConfig, paths: Sequence[Path], settings: Sequence[str]
                 f"{path} must lie in the working directory, since that is what a Ray job has a "
                 "copy of; submit from its folder, or give its absolute path where all nodes see it"
             )
+        if not path.is_absolute() and any(
+            path.resolve().is_relative_to(Path.cwd() / left.strip("/"))
+            for left in environment(config).get("excludes", ())
+        ):
+            raise InputError(
+                f"{path} lies in run.directory, which stays here when the working directory is "
+                "uploaded; give its absolute path where all nodes see it, or another run.directory"
+            )
     return ["pairloop", "train", *map(str, paths), *settings]
 
 

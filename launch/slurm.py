@@ -26,6 +26,10 @@ Template = Literal["accelerate", "online_dpo", "sweep"]
 
 _TIME = re.compile(r"\d+(:\d\d?){0,2}|\d+-\d+(:\d\d?){0,2}")
 _LONGEST_NOTICE = 65535
+_LATEST_NOTICE = 180
+"""The longest notice of a template."""
+_LEAST_WORK = 120
+"""Seconds before it that a job must have: Slurm sends it up to a minute early."""
 
 
 @Parameter(name="*")
@@ -224,6 +228,23 @@ def _check(job: Job) -> None:
             f"--time must be minutes, hours:minutes:seconds or days-hours, found {job.time!r}; "
             "write 90, 12:00:00 or 2-12"
         )
+    notice = _LATEST_NOTICE if job.notice is None else job.notice
+    if (seconds := _seconds(job.time)) < notice + _LEAST_WORK:
+        raise InputError(
+            f"--time {job.time} is {seconds} seconds, of which the last {notice} are --notice: it "
+            "would stop before it has begun, and queue again for ever; ask for more time, or set "
+            "--notice lower"
+        )
+
+
+def _seconds(time: str) -> int:
+    """As Slurm reads it: minutes, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts.insert(0, 0)
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _check_kind(config: RunConfig, job: Job) -> None:

@@ -130,6 +130,9 @@ def test_a_script_as_it_lies_there_is_one_that_bash_reads_and_a_person_can_submi
     ("flags", "says"),
     [
         (["--time", "1h"], "--time must be minutes, hours:minutes:seconds or days-hours, found"),
+        (["--time", "4"], "--time 4 is 240 seconds, of which the last 180 are --notice"),
+        (["--time", "0:20:30", "--notice", "1200"], "--time 0:20:30 is 1230 seconds"),
+        (["--time", "1-0:5", "--notice", "65535", "--nodes", "0"], "--nodes must be at least 1"),
         (["--nodes", "0"], "--nodes must be at least 1, found 0"),
         (["--ranks-per-node", "-1"], "--ranks-per-node must be at least 1"),
         (["--notice", "0"], "--notice must be 1 to 65535 seconds"),

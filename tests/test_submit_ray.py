@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,12 @@ shift
 """
 SBATCH = """#!/bin/sh
 echo "$@" >> submitted; echo $((11 + $(wc -l < submitted)))
+"""
+# Asks its shell for the stop that Slurm asks for, and ends as a training then does.
+STOPS = """#!/bin/sh
+trap 'exit 75' USR1
+kill -USR1 $PPID
+while :; do sleep 0.1; done
 """
 SERVER = "http://192.0.2.1:8265"
 
@@ -79,6 +86,7 @@ def test_a_dry_run_prints_the_command_that_does_the_same(
     ("words", "says"),
     [
         (["run.yaml", "--run.directory", "runs"], "run.directory must be an absolute path"),
+        (["sub/run.yaml", "--run.directory", "HERE/sub"], "sub/run.yaml lies in run.directory"),
         (["run.yaml", "--placement.kind", "auto"], "placement.kind must be ray for a Ray job"),
         (["run.yaml", "--prompts.train.path", "gone.jsonl"], "gone.jsonl"),
         (["run.yaml", "--learner.epoch", "3"], "learner.epoch"),
@@ -98,6 +106,9 @@ def test_what_could_not_run_is_refused(
     if words[0].startswith(".."):
         (folder / "below").mkdir()
         monkeypatch.chdir(folder / "below")
+    (folder / "sub").mkdir()
+    shutil.copy(folder / "run.yaml", folder / "sub")
+    words = [word.replace("HERE", str(folder)) for word in words]
     assert main(["submit", "ray", *words]) == 2
     assert says in capsys.readouterr().err
     assert not (folder / "runs").exists()
@@ -289,6 +300,36 @@ def test_a_sweep_that_could_not_run_is_refused(
     assert main(["submit", "slurm", *sweep, *words]) == 2
     assert says in capsys.readouterr().err
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "queued"),
+    [
+        # The last task of an array has the array's own number.
+        ({"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "2"}, "requeue 77_2\n"),
+        ({}, "requeue 77\n"),
+    ],
+)
+def test_who_is_told_to_stop_queues_again_alone(
+    task: dict[str, str],
+    queued: str,
+    folder: Path,
+    sweep: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (folder / "job.sbatch").write_text(printed(capsys, "slurm", *sweep, "--sweep"))
+    program(folder, "srun", STOPS)
+    program(folder, "scontrol", '#!/bin/sh\necho "$@" >> requeued\n')
+    variables = {"PATH": f"{folder}/bin:/usr/bin:/bin", "SLURM_CPUS_PER_TASK": "1", **task}
+    done = subprocess.run(
+        ["bash", str(folder / "job.sbatch")],
+        env={**variables, "SLURM_JOB_ID": "77"},
+        cwd=folder,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 75
+    assert (folder / "requeued").read_text() == queued
 
 
 def test_a_task_of_the_array_trains_its_point_and_the_job_after_it_all(
