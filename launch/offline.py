@@ -80,6 +80,7 @@ def rehearse(config: OfflineConfig) -> str:
     """
     from rlhf.offline import outline
 
+    alone(config)
     build_trackers(config.tracking)
     found = outline(config)
     epochs = config.learner.epochs

@@ -33,6 +33,7 @@ from rlhf.weights import stored_shapes, stored_weights, write_weights
 
 KEPT = 2
 TRAINED = "trained"
+_ABOUT = "checkpoint.json"
 
 
 @dataclass(slots=True)
@@ -75,10 +76,24 @@ class Checkpoints:
             if self._group.main:
                 about = {"ranks": self._group.world, "sharding": self._kind}
                 about["sha256"] = sha256_tree(folder)
-                write_json(folder / "checkpoint.json", {**asdict(progress), **about})
+                write_json(folder / _ABOUT, {**asdict(progress), **about})
         if self._group.main:
             for old in self._stored()[:-KEPT]:
                 remove(old)
+
+    def save_best(self, step: int) -> None:
+        """Store the weights that are the best so far; those stay that a checkpoint still names."""
+        save_trained(self._policy, self.best(step), self._group)
+        if self._group.main:
+            named = {read_json(path / _ABOUT, "remove it")["best_step"] for path in self._stored()}
+            kept = {self.best(number).name for number in named | {step} if number is not None}
+            for old in self._folder.parent.glob("best-*"):
+                if old.name not in kept:
+                    remove(old)
+
+    def best(self, step: int) -> Path:
+        """Weights after the step with the lowest validation loss."""
+        return self._folder.with_name(f"best-{step:06d}")
 
     def resume(self, round_index: int) -> Progress:
         """Go on from the newest checkpoint; from the start where there is none.
@@ -94,7 +109,7 @@ class Checkpoints:
         redo = f"remove {folder} to go on from " + (
             f"step {int(stored[-2].name)}" if len(stored) > 1 else "this round's start"
         )
-        meta = read_json(folder / "checkpoint.json", redo)
+        meta = read_json(folder / _ABOUT, redo)
         wrote, now = (meta.pop("ranks"), meta.pop("sharding")), (self._group.world, self._kind)
         if wrote != now:
             raise InputError(

@@ -212,6 +212,11 @@ class LabelData:
         self.answers = list(table.select("prompt_id", "sample").iter_rows())
         ids = table.select("prompt_token_ids", "completion_token_ids", "good")
         self.examples = [Label(tuple(p), tuple(c), good) for p, c, good in ids.iter_rows()]
+        # Where too long ones were cut, a prompt is not the same tokens for all of its answers.
+        self.prompts = [
+            f"{name} {sha256(np.array(e.prompt, dtype=np.int64).tobytes()).hexdigest()[:16]}"
+            for (name, _), e in zip(self.answers, self.examples, strict=True)
+        ]
 
     def unscored(self, order: Order) -> list[TokenPair]:
         """The sequences whose log-probs under the reference are needed: every answer to its own
@@ -264,7 +269,7 @@ class LabelData:
         return found
 
     def _key(self, prompt: int, answer: int, *value: float) -> tuple[Any, ...]:
-        return (self.answers[prompt][0], *self.answers[answer], *value)
+        return (self.prompts[prompt], *self.answers[answer], *value)
 
 
 def mismatch(prompts: Sequence[str], key: Sequence[int]) -> list[int]:

@@ -23,11 +23,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from rlhf.checkpoint import Checkpoints, Progress, load_trained, save_trained
+from rlhf.checkpoint import Checkpoints, Progress, load_trained
 from rlhf.config_offline import Trains
 from rlhf.errors import NonFiniteError
 from rlhf.examples import Example, Step, at_reference, logps_of, sequences
-from rlhf.files import remove
 from rlhf.group import Group
 from rlhf.kept import Kept
 from rlhf.logprobs import Batch, sequence_logps, split_rows
@@ -41,8 +40,6 @@ from rlhf.scoring import Scorer
 from rlhf.sharding import Replicated, Sharding
 from rlhf.types import Completion, Trained
 
-BEST = "best-{:06d}"
-"""Weights after the step with the lowest validation loss."""
 T = TypeVar("T")
 
 
@@ -225,11 +222,17 @@ class Learner:
             found |= {"learning_rate": rate, "tokens_per_second": step.tokens / seconds}
             progress.step += 1
             if held is not None and progress.step % (len(steps) // self.settings.epochs) == 0:
-                found |= self._validate(held, progress, state)
+                found |= self._validate(held, progress, checkpoints)
             on_step(progress.step, found)
             self._save_or_stop(checkpoints, progress, len(steps), check)
+        if held is not None and progress.best_step is None:
+            raise NonFiniteError(
+                f"round {round_index}: after no epoch the loss of held-out examples was a number; "
+                "lower learner.learning_rate, use model.precision bf16 or fp32, or look at the "
+                "longest examples"
+            )
         if progress.best_step not in (None, progress.step):
-            load_trained(self.policy, state / BEST.format(progress.best_step))
+            load_trained(self.policy, checkpoints.best(progress.best_step))
             self.sharding.reload()
         self.sharding.begin()
         return Trained(
@@ -241,17 +244,17 @@ class Learner:
             progress.best_loss,
         )
 
-    def _validate(self, held: Step, progress: Progress, state: Path) -> dict[str, float]:
+    def _validate(
+        self, held: Step, progress: Progress, checkpoints: Checkpoints
+    ) -> dict[str, float]:
         """Measure the held-out examples after an epoch; keep the weights if they are the best."""
         found = self.measure(held)
         # A loss that is no number is never the best.
-        if progress.best_loss is None or found["loss"] < progress.best_loss:
+        least = math.inf if progress.best_loss is None else progress.best_loss
+        if found["loss"] < least:
             progress.best_loss, progress.best_step = found["loss"], progress.step
             progress.stale_epochs = 0
-            save_trained(self.policy, state / BEST.format(progress.step), self.group)
-            # The newest checkpoint may still name the one before.
-            for old in sorted(state.glob("best-*"))[:-2] if self.group.main else ():
-                remove(old)
+            checkpoints.save_best(progress.step)
         else:
             progress.stale_epochs += 1
         return {f"validation_{name}": value for name, value in found.items()}

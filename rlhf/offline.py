@@ -7,7 +7,8 @@ epoch did on held-out clusters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -128,8 +129,10 @@ def _tell(config: OfflineConfig, parts: Parts, metrics: Metrics, stats: Mapping[
     metrics.settle(1, "held_out", {name: held[name] for name in ("before", "after", "change")})
     bounded = held["low"] is not None and held["high"] is not None
     interval = f"{held['low']:+.3f} to {held['high']:+.3f}" if bounded else "unbounded"
+    start = stats["start"]["loss"]
     parts.reporter.say(
-        f"held out: loss {stats['start']['loss']:.4f} -> {best['validation_loss']:.4f}, accuracy "
+        f"held out: loss {'no number' if start is None else f'{start:.4f}'} -> "
+        f"{best['validation_loss']:.4f}, accuracy "
         f"{best['validation_accuracy']:.3f}; epoch {stats['best_epoch']} of "
         f"{len(stats['epochs'])} was best"
     )
@@ -202,16 +205,18 @@ def _stats(
     for number, (first, last) in enumerate(pairwise([-1, *ends]), start=1):
         own = steps[first + 1 : last + 1]
         held = {k: v for k, v in steps[last].items() if k.startswith("validation_")}
-        mean = {k: sum(s[k] for s in own) / len(own) for k in ("loss", "accuracy")}
+        mean = {k: _mean(s[k] for s in own) for k in ("loss", "accuracy")}
         epochs.append({"epoch": number, "steps": len(own), **mean, **held})
-    found = [e["validation_loss"] for e in epochs]
+    # Of a step that was skipped there is no loss, and of an epoch there may be none.
+    losses = [step["loss"] for step in steps if step["loss"] is not None] or [math.nan]
+    found = [math.inf if e["validation_loss"] is None else e["validation_loss"] for e in epochs]
     ratio = "good" if config.objective.needs.data == "labels" else "chosen"
     facts = Facts(
         full=config.model.tuning == "full",
         learning_rate=config.learning_rate,
-        accuracy=epochs[-1]["accuracy"],
-        first_loss=steps[0]["loss"],
-        last_loss=epochs[-1]["loss"],
+        accuracy=math.nan if epochs[-1]["accuracy"] is None else epochs[-1]["accuracy"],
+        first_loss=losses[0],
+        last_loss=losses[-1] if epochs[-1]["loss"] is None else epochs[-1]["loss"],
         # Without a reference there is no ratio, and what the best epoch did tells.
         chosen_logratio=epochs[-1].get(f"validation_logratio_{ratio}", raised),
         validation_losses=tuple(found),
@@ -224,6 +229,12 @@ def _stats(
         "best_epoch": found.index(min(found)) + 1,
         "advice": advice(facts),
     }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that there are."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +312,13 @@ def read_examples(
 def _read(data: Data, objective: Objective) -> Preferences:
     preferences = read_preferences(Path(data.path), data.format, data.columns)
     check_fits(objective, preferences.table.columns, data.path)
+    for record in preferences.table.select("where", *preferences.answers).iter_rows(named=True):
+        for name in preferences.answers:
+            if len(record[name]) != 1:
+                raise InputError(
+                    f"{record['where']}: {name} must be one message, got {len(record[name])}; put "
+                    "the turns before the last into the prompt"
+                )
     return preferences
 
 
@@ -333,11 +351,6 @@ def _tokenised(
         "prompt_token_ids": tokens.prompt(record["prompt"]),
     }
     for name in answers:
-        if len(record[name]) != 1:
-            raise InputError(
-                f"{record['where']}: {name} must be one message, got {len(record[name])}; put the "
-                "turns before the last into the prompt"
-            )
         row[f"{name}_token_ids"] = [*tokens.answer(record[name][0]["content"]), tokens.end]
     if "label" in record:
         return {**row, "sample": number, "good": record["label"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from rlhf.config_objective import OBJECTIVES, Needs, Objective
 from rlhf.errors import InputError, Interrupted, NonFiniteError
 from rlhf.examples import (
     LABEL_REFERENCE,
+    Label,
     LabelData,
     Order,
     check_fits,
@@ -84,6 +86,28 @@ def make_labels(count: int, seed: int = 0) -> pl.DataFrame:
     ]
     schema = labels_schema(["correctness"])
     return pl.DataFrame(rows, schema={name: schema[name] for name in rows[0]})
+
+
+def test_cut_prompts_of_one_name_are_scored_each_by_itself() -> None:
+    """Answers that are too long cut their prompt shorter than others do."""
+    labels = make_labels(6).with_columns(
+        prompt_id=pl.lit("p"), sample=pl.int_range(6, dtype=pl.Int32)
+    )
+    prompts = [ids[number % 2 :] for number, ids in enumerate(labels["prompt_token_ids"].to_list())]
+    cut = labels.with_columns(prompt_token_ids=pl.Series(prompts, dtype=pl.List(pl.Int32)))
+    order, data = Order(0, 1, 4, 3), LabelData(cut)
+    sequences = data.unscored(order)
+
+    def logp(prompt: Sequence[int], answer: Sequence[int]) -> float:
+        return -float(sum(prompt) + 7919 * sum(answer))
+
+    reference = data.scored(order, [logp(*sequence) for sequence in sequences])
+    for step in data.steps(order, reference):
+        for example in step.examples:
+            assert isinstance(example, Label)
+            assert example.reference == logp(example.prompt, example.completion)
+        for sequence, known in zip(step.mismatched, step.reference_mismatched, strict=True):
+            assert known == logp(*sequence)
 
 
 def data_for(objective: dict[str, Any], count: int = 8) -> pl.DataFrame:

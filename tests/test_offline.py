@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from rlhf.config_objective import Objective
 from rlhf.config_offline import Data, OfflineConfig
 from rlhf.errors import DataGateError, InputError, Interrupted
 from rlhf.held_out import compare
-from rlhf.offline import Tokens, _raised, fit, read_examples
+from rlhf.offline import Tokens, _raised, _stats, fit, read_examples
 from rlhf.protocols import TrackedRun
 
 GOOD, BAD = ("yes", "sure", "right", "fine", "well"), ("no", "never", "wrong", "bad", "poor")
@@ -359,6 +360,42 @@ def test_what_chosen_answers_gained_is_known_without_a_reference() -> None:
     assert _raised(before, after) == -2.5
     nobody = after.with_columns(good=pl.lit(False))
     assert _raised(nobody, nobody) == 0
+
+
+def test_what_was_skipped_or_no_number_is_left_out_of_the_statistics() -> None:
+    """fp16 halves its scale and goes on; metrics hold null there."""
+
+    def step(loss: float | None, held: Any = "") -> dict[str, Any]:
+        found = {"loss": loss, "accuracy": 0.5}
+        if held != "":
+            ends = {"logratio_chosen": 1.0, "logratio_rejected": -1.0, "loss": held}
+            found |= {f"validation_{name}": value for name, value in ends.items()}
+        return found
+
+    steps = [step(None), step(0.6, None), step(0.4), step(0.2, 0.5), step(None), step(None, 0.7)]
+    config = OfflineConfig.model_validate(
+        {"run": {"name": "n"}, "model": {"path": "m"}, "data": {"path": "pairs.jsonl"}}
+    )
+    stats = _stats(config, {}, {"loss": math.nan}, steps, 0.0)
+    assert stats["best_epoch"] == 2
+    assert [e["loss"] for e in stats["epochs"]] == [0.6, pytest.approx(0.3), None]
+
+
+def test_a_rehearsal_refuses_what_a_training_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_pairs(tmp_path / "pairs.jsonl")
+    config = load_as(OfflineConfig, [write_config(tmp_path, Path("some/model"), file)])
+    assert "records" in launch.offline.rehearse(config)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(InputError, match="a launcher started 2"):
+            launch.offline.rehearse(config)
+    answers = [{"role": role, "content": "t1"} for role in ("assistant", "user", "assistant")]
+    row = {"prompt": "t11", "chosen": answers, "rejected": answers[:1]}
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="chosen must be one message, got 3"):
+        launch.offline.rehearse(config)
 
 
 def test_a_training_on_a_file_is_refused_where_a_launcher_started_several(

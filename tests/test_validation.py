@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from test_learner import config_for, make_learner, make_pairs, never, same, trai
 from test_learner_objectives import make_labels
 from torch import Tensor
 
+from rlhf.checkpoint import Checkpoints, Progress
 from rlhf.config import RunConfig
-from rlhf.errors import InputError, Interrupted
+from rlhf.errors import InputError, Interrupted, NonFiniteError
 from rlhf.examples import split_by_cluster
 from rlhf.learner import Learner
 from rlhf.round_data import RoundData
@@ -97,6 +99,40 @@ def test_training_stops_after_epochs_without_a_lower_loss(
     assert result.best_step is not None
     # Three steps an epoch: it stops at the first epoch that is no better.
     assert log.steps[-1] == result.best_step + 3 == result.executed_steps < result.planned_steps
+
+
+@pytest.mark.parametrize("numbers", [{2}, {2, 4}, set()])
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: set[int]
+) -> None:
+    epochs, measure = iter(range(1, 5)), Learner.measure
+
+    def broken(self: Learner, step: Any) -> dict[str, float]:
+        found = measure(self, step)
+        return found if next(epochs) in numbers else {**found, "loss": math.nan}
+
+    monkeypatch.setattr(Learner, "measure", broken)
+    learner, pairs = make_learner(validating(small_model)), clustered(make_pairs(16))
+    if not numbers:
+        with pytest.raises(NonFiniteError, match="after no epoch the loss of held-out examples"):
+            train(learner, pairs, tmp_path)
+        return
+    result, _ = train(learner, pairs, tmp_path)
+    assert result.best_step in {3 * epoch for epoch in numbers}
+    assert result.best_loss is not None and math.isfinite(result.best_loss)
+
+
+def test_best_weights_that_a_checkpoint_names_stay(small_model: Path, tmp_path: Path) -> None:
+    """Trained again from there, no later epoch may be better, on another machine."""
+    learner = make_learner(validating(small_model))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", learner.policy, learner.sharding)
+    learner.sharding.begin()
+    checkpoints.save_best(3)
+    for step in (4, 5):
+        checkpoints.save(Progress(1, step, best_step=3, best_loss=0.5))
+    for step in (6, 9, 12):
+        checkpoints.save_best(step)
+    assert {path.name for path in tmp_path.glob("best-*")} == {"best-000003", "best-000012"}
 
 
 @pytest.mark.slow
