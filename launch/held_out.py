@@ -20,7 +20,7 @@ from launch.roles import Alone
 from launch.terminal import Terminal
 from rlhf.config import Run, RunConfig, Tracking
 from rlhf.config_io import load
-from rlhf.errors import InputError
+from rlhf.errors import DataGateError, InputError
 from rlhf.interrupts import Interrupts
 from rlhf.rounds import Round, RunStore
 from rlhf.sweep import Answers, Change, Point
@@ -57,17 +57,18 @@ def config_for(file: Path, folder: Path, points: Sequence[Point]) -> RunConfig:
 
 def answers(
     config: RunConfig, policies: Sequence[tuple[Point, Path]], terminal: Terminal
-) -> list[Answers]:
-    """What became of each stored policy's answers against the start's, in the order given.
+) -> list[Answers | None]:
+    """What became of each stored policy's answers against the start's, in the order given; None
+    where judges abstained too often on one's.
 
-    Raises as a run does: bad input, a data gate, a stale generator, an interruption.
+    Raises as a run does: bad input, a data gate on the start, a stale generator, an interruption.
     """
     from rlhf.stages import Stages
 
     config = _named(config, policies)
     plan = place_on(config, this_machine())
     judging = Judging(config, InProcess(plan.device))
-    found = []
+    found: list[Answers | None] = []
     with Interrupts(terminal.announce) as interrupts, RunStore.open(config) as store:
         judging.open(store.folder / "judges", terminal.say)
         watchers = Watchers(terminal, Trackers({}, terminal.say), interrupts)
@@ -75,12 +76,17 @@ def answers(
         with wiring.parts(watchers) as parts:
             do = Stages(config, store, parts)
             do.evaluate(store.round(0), version=0)
-            for version, (_, policy) in enumerate(policies, start=1):
+            for version, (point, policy) in enumerate(policies, start=1):
                 round = store.round(version)
                 _keep(round, policy)
-                # Each was trained from the start.
-                do.evaluate(round, version, before=0)
-                found.append(_answers(round))
+                try:
+                    # Each was trained from the start.
+                    do.evaluate(round, version, before=0)
+                except DataGateError as error:
+                    terminal.say(f"answers of {point.name} are not compared: {error}")
+                    found.append(None)
+                else:
+                    found.append(_answers(round))
     return found
 
 

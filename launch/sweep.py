@@ -18,8 +18,9 @@ from launch.placement import device_of, settle
 from launch.quiet import hush
 from launch.terminal import Terminal
 from rlhf.config import RunConfig
-from rlhf.errors import InputError, Interrupted, PairloopError
+from rlhf.errors import DataGateError, InputError, Interrupted, PairloopError
 from rlhf.files import atomic_write, read_json, write_json
+from rlhf.interrupts import Interrupts
 from rlhf.rounds import RunStore
 from rlhf.sweep import Outcome, Point, answer_rows, outcome, rows
 
@@ -49,24 +50,37 @@ def sweep(
         _trained(points[only - 1], terminal)
         return 0
     outcomes, status = [], 0
-    for number, point in enumerate(points, start=1):
-        said = ", ".join(f"{key} {value}" for key, value in point.settings.items())
-        terminal.say(f"point {number} of {len(points)}: {said}")
-        try:
-            outcomes.append(_trained(point, terminal))
-        except Interrupted:
-            raise
-        except Exception as error:
-            # Whatever a point dies of, memory among it, the others keep their results.
-            if not isinstance(error, PairloopError):
-                traceback.print_exc()
-            reason = str(error) or type(error).__name__
-            terminal.say(f"point {number} failed: {reason}")
-            outcomes.append(Outcome(point.name, point.settings, failure=reason))
-            status = status or (error.exit_status if isinstance(error, PairloopError) else 1)
+    with Interrupts(terminal.announce) as interrupts:
+        for number, point in enumerate(points, start=1):
+            # Heard when the last one had no step left, or between two.
+            interrupts.check()
+            said = ", ".join(f"{key} {value}" for key, value in point.settings.items())
+            terminal.say(f"point {number} of {len(points)}: {said}")
+            try:
+                outcomes.append(_trained(point, terminal))
+            except Interrupted:
+                raise
+            except Exception as error:
+                # Whatever a point dies of, memory among it, the others keep their results.
+                if not isinstance(error, PairloopError):
+                    traceback.print_exc()
+                reason = str(error) or type(error).__name__
+                terminal.say(f"point {number} failed: {reason}")
+                outcomes.append(Outcome(point.name, point.settings, failure=reason))
+                status = status or (error.exit_status if isinstance(error, PairloopError) else 1)
+        if judged is not None:
+            interrupts.check()
+    gated: DataGateError | None = None
     if judged is not None:
-        outcomes = _judged(judged, points, outcomes, terminal)
+        try:
+            outcomes = _judged(judged, points, outcomes, terminal)
+        except DataGateError as error:
+            gated = error
+        if gated or any(o.failure is None and o.answers is None for o in outcomes):
+            status = status or DataGateError.exit_status
     _write(folder, outcomes, terminal)
+    if gated:
+        raise gated
     return status
 
 

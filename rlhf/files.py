@@ -98,6 +98,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(path: Path) -> None:
+    """Remove a file or a folder as one: a kill leaves all of it under its name, or nothing."""
+    if os.path.lexists(path):
+        aside = _staging_name(path)
+        path.rename(aside)
+        remove(aside)
+
+
 def is_staging(name: str) -> bool:
     """Whether a file's name is one that a killed write left behind."""
     return name.startswith(".") and name.endswith(STAGING)
@@ -246,7 +254,13 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         path = folder / self.NAME
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise InputError(
+                f"run.directory must be a folder that can be written: {folder}: {error.strerror}; "
+                "set run.directory to another place, or change its permissions"
+            ) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._describe_holder(path)

@@ -65,6 +65,11 @@ class Interrupts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is None and self._requested:
+            # What could not be obeyed any more, whoever listens around this block may.
+            outer = getattr(self._former.get(self._requested), "__self__", None)
+            if isinstance(outer, Interrupts):
+                outer._requested = outer._requested or self._requested
         for number, former in self._former.items():
             # None stands for a handler that was not set from Python: it can't be put back.
             signal.signal(number, signal.SIG_DFL if former is None else former)

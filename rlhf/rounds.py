@@ -25,6 +25,7 @@ from rlhf.files import (
     FolderLock,
     atomic_folder,
     atomic_write,
+    discard,
     is_staging,
     make_folder,
     read_json,
@@ -186,7 +187,7 @@ class Round:
                 del self._manifest["sha256"][relative]
             del self._manifest["artifacts"][name]
             self._save()
-        remove(target)
+        discard(target)
 
     def _target(self, name: str, kind: Kind) -> Path:
         recorded = self._manifest["artifacts"].get(name, kind)

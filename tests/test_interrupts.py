@@ -85,6 +85,19 @@ def test_former_handlers_come_back_also_after_an_error() -> None:
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
+def test_what_could_not_be_obeyed_any_more_is_known_to_who_listens_around() -> None:
+    """The last point of a sweep has no step left; the next must not begin."""
+    with Interrupts() as outer:
+        with Interrupts() as inner:
+            signal.raise_signal(signal.SIGUSR1)
+        assert (inner.requested, outer.requested) == ("SIGUSR1", "SIGUSR1")
+    with Interrupts() as outer:
+        with pytest.raises(Interrupted), Interrupts() as inner:
+            signal.raise_signal(signal.SIGUSR1)
+            inner.check()
+        assert outer.requested is None, "that stop is over"
+
+
 def test_in_another_thread_it_changes_nothing() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     seen: list[object] = []

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import polars as pl
 import pytest
@@ -25,7 +25,15 @@ from polars.testing import assert_frame_equal
 import rlhf
 from rlhf.config import RunConfig
 from rlhf.errors import InputError, Interrupted
-from rlhf.files import STAGING, atomic_file, atomic_folder, sha256_file, sha256_tree, write_parquet
+from rlhf.files import (
+    STAGING,
+    FolderLock,
+    atomic_file,
+    atomic_folder,
+    sha256_file,
+    sha256_tree,
+    write_parquet,
+)
 from rlhf.metrics import Metrics
 from rlhf.rounds import Round, RunStore
 from rlhf.types import Completion, Score, completions_table, pairs_schema, scores_table
@@ -458,6 +466,31 @@ def test_scratch_stays_out_of_the_manifest_until_dropped(store: RunStore) -> Non
     again.drop("trainer")
     again.drop("trainer")
     assert not (again.path / "trainer").exists()
+
+
+def test_what_is_dropped_goes_as_one(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in between, the next start finds all of its parts, or none: never some."""
+    round = store.round(0)
+    round.shards("scores", 3, frame)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("rlhf.files.shutil.rmtree", raises(KeyboardInterrupt))
+        round.drop("scores")
+    again = reopened(store).round(0)
+    assert not again.done("scores")
+    assert [*again.sharded("scores", 3).missing] == [0, 1, 2]
+
+
+def raises(error: type[BaseException]) -> Callable[..., NoReturn]:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return fail
+
+
+def test_a_lock_that_can_not_be_made_is_a_wrong_folder(tmp_path: Path) -> None:
+    (tmp_path / FolderLock.NAME).mkdir()
+    with pytest.raises(InputError, match="run.directory must be a folder that can be written"):
+        FolderLock(tmp_path)
 
 
 def test_the_final_claim_is_stored_like_a_round(store: RunStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from launch.held_out import config_for
 from launch.machines import this_machine
 from launch.placement import settle
 from rlhf.config_offline import OfflineConfig
-from rlhf.errors import InputError, Interrupted
+from rlhf.errors import DataGateError, InputError, Interrupted
+from rlhf.interrupts import Interrupts
 from rlhf.rounds import RunStore
-from rlhf.sweep import grid, outcome, rows, values_of
+from rlhf.sweep import Answers, Change, grid, outcome, rows, values_of
 from rollout.transformers_generator import TransformersGenerator
 
 BETAS = ["--objective.beta", "0.05,0.5"]
@@ -200,6 +202,48 @@ def test_what_does_not_fit_is_refused_before_any_point_is_trained(
     # The first point could be trained; the second needs labels.
     assert main(["sweep", str(config), "--objective.name", "dpo,kto"]) == 2
     assert "kto trains on labels" in capsys.readouterr().err
+
+
+def test_a_stop_that_came_at_a_point_s_end_begins_no_other(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def train(config: OfflineConfig) -> int:
+        tried.append(config.objective.beta)
+        with Interrupts():
+            signal.raise_signal(signal.SIGUSR1)
+        return finish(config)
+
+    monkeypatch.setattr(launch.sweep, "train", train)
+    assert main(["sweep", str(config), *BETAS]) == 75
+    assert tried == [0.05]
+
+
+@pytest.mark.parametrize("gated", ["one", "start"])
+def test_answers_that_judges_would_not_score_lose_no_table(
+    config: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gated: str,
+) -> None:
+    online = tmp_path / "online.yaml"
+    online.write_text(yaml.safe_dump(run_values(tmp_path / "online", tiny_model)))
+    error = DataGateError("judges abstained on 40% of the answers")
+
+    def answers(config: Any, policies: Any, terminal: Any) -> list[Any]:
+        if gated == "start":
+            raise error
+        return [Answers(0.1, {"reward": Change(0.2, 0.1, 0.3)}), None]
+
+    monkeypatch.setattr(launch.sweep, "train", finish)
+    monkeypatch.setattr(launch.sweep, "answers", answers)
+    assert main(["sweep", str(config), *BETAS, "--held-out", str(online)]) == 3
+    points = json.loads((tmp_path / "runs/grid/sweep.json").read_text())["points"]
+    assert [p["gain"] for p in points] == [pytest.approx(0.3)] * 2
+    assert (str(error) in capsys.readouterr().err) == (gated == "start")
 
 
 def test_precision_auto_is_settled_once_for_a_point_and_its_training(
