@@ -40,6 +40,8 @@ NEUTRAL = (
     "rollout.transfer",
     "judges.cache",
     "judges.uncertified",
+    "judges.max_abstention",
+    "selection.on_inversion",
     "learner.checkpoint_steps",
     "judges.panel[].traffic",
     "judges.audit[].traffic",

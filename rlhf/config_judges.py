@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from rlhf.config_base import Section, Share
+
+RESERVED = frozenset(
+    {"prompt_id", "sample", "key", "cluster", "completions", "unrewarded", "reward", "_value"}
+)
+"""Names that no dimension may have."""
 
 
 class _Judge(Section):
@@ -21,6 +26,16 @@ class _Judge(Section):
     """Name in tables and reports."""
     dimensions: Annotated[list[str], Field(min_length=1)]
     """What it scores."""
+
+    @field_validator("dimensions")
+    @classmethod
+    def _no_column_s_name(cls, value: list[str]) -> list[str]:
+        if odd := next((name for name in value if name in RESERVED), None):
+            raise ValueError(
+                f"must not hold {odd}, which tables of answers use for something else; call it "
+                "otherwise in the judge, too"
+            )
+        return value
 
     @property
     def relative(self) -> bool:

@@ -7,6 +7,7 @@ in `Converted.lost`, with counts. Nothing is dropped without a word.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,10 +52,11 @@ def convert(preferences: Preferences, target: str) -> Converted:
         )
     nested = ", ".join(preferences.records.untyped)
     lost = [f"columns of nested or mixed values: {nested}"] if nested else []
+    lost += [f"column {name}" for name in preferences.unread]
     table = _whole(preferences)
     to_labels = target.startswith("labels")
     if preferences.paired and to_labels:
-        table = _to_labels(table)
+        table = _to_labels(table, lost)
         lost.append(f"which of {table.height} answers were compared with each other")
     elif not preferences.paired and not to_labels:
         table = _to_pairs(table, lost)
@@ -70,7 +72,8 @@ def _whole(preferences: Preferences) -> pl.DataFrame:
     return pl.concat([ours, extras.select(own)], how="horizontal")
 
 
-def _to_labels(table: pl.DataFrame) -> pl.DataFrame:
+def _to_labels(table: pl.DataFrame, lost: list[str]) -> pl.DataFrame:
+    table = _without(table, ("completion", "label", "score", "source"), lost)
     kept = [name for name in table.columns if name not in ("chosen", "rejected", *PAIR_META)]
     shared = [name for name in _SHARED if name in table.columns]
     sides = [
@@ -79,6 +82,7 @@ def _to_labels(table: pl.DataFrame) -> pl.DataFrame:
             pl.col(side).alias("completion"),
             pl.lit(side == "chosen").alias("label"),
             pl.col(f"score_{side}").alias("score"),
+            pl.col(f"{side}_source").alias("source"),
             *shared,
             *(name for name in kept if name != "prompt"),
             pl.int_range(table.height).alias("_pair"),
@@ -88,14 +92,28 @@ def _to_labels(table: pl.DataFrame) -> pl.DataFrame:
     return pl.concat(sides).sort("_pair", maintain_order=True).drop("_pair")
 
 
+def _without(table: pl.DataFrame, names: Sequence[str], lost: list[str]) -> pl.DataFrame:
+    """Less the file's own columns that have names of the other format's."""
+    own = [name for name in names if name in table.columns]
+    lost += [f"column {name}, which there means something else" for name in own]
+    return table.drop(own)
+
+
 def _to_pairs(table: pl.DataFrame, lost: list[str]) -> pl.DataFrame:
+    sides = [f"{what}{side}" for side in ("chosen", "rejected") for what in ("", "score_")]
+    table = _without(table, (*sides, "chosen_source", "rejected_source"), lost)
     # A prompt's n-th good answer goes with its n-th bad one.
     place = pl.int_range(pl.len()).over("prompt", "label")
     table = table.with_columns(_place=place).with_row_index("_row")
     good, bad = table.filter("label"), table.filter(~pl.col("label"))
+    named = {"completion": "rejected", "score": "score_rejected", "source": "rejected_source"}
+    beside = [
+        name for name in table.columns
+        if name not in (*named, "prompt", "label", "_place", "_row")
+    ]  # fmt: skip
     other = bad.select(
-        "prompt", "_place", pl.col("completion").alias("rejected"),
-        pl.col("score").alias("score_rejected"),
+        "prompt", "_place", *(pl.col(name).alias(new) for name, new in named.items()),
+        *(pl.col(name).alias(f"_bad {name}") for name in beside),
     )  # fmt: skip
     pairs = good.join(other, on=["prompt", "_place"], how="inner", maintain_order="left")
     if pairs.is_empty():
@@ -103,10 +121,14 @@ def _to_pairs(table: pl.DataFrame, lost: list[str]) -> pl.DataFrame:
     left = table.height - 2 * pairs.height
     if left:
         lost.append(f"{left} of {table.height} answers, whose prompt has none of the other label")
+    for name in beside:
+        differ = pairs.filter(pl.col(name).ne_missing(pl.col(f"_bad {name}"))).height
+        if differ:
+            lost.append(f"{name} of {differ} rejected answers, which is not their chosen one's")
     return (
         pairs.sort("_row")
-        .rename({"completion": "chosen", "score": "score_chosen"})
-        .drop("_row", "_place", "label")
+        .rename({"completion": "chosen", "score": "score_chosen", "source": "chosen_source"})
+        .drop("_row", "_place", "label", *(f"_bad {name}" for name in beside))
     )
 
 

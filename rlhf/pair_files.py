@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn
 import polars as pl
 
 from rlhf.errors import InputError
-from rlhf.files import atomic_file, read_parquet, write_parquet
+from rlhf.files import atomic_file, finite_or_null, read_parquet, write_parquet
 
 SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".parquet")
 MESSAGES: Final = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
@@ -62,15 +62,22 @@ def read_records(path: Path) -> Records:
 def write_records(path: Path, table: pl.DataFrame) -> None:
     """Write a table as JSONL, JSON (one array) or Parquet, as the suffix says; whole or not at all.
 
-    Nulls of JSON records are left out.
+    Nulls of JSON records are left out, and what is no number; dates and decimals become text.
+
+    Raises:
+        InputError: the suffix says no format, or JSON can't hold a column.
     """
     suffix = check_target(path)
     if suffix == ".parquet":
         write_parquet(table, path)
         return
+    for name, dtype in table.schema.items():
+        if dtype == pl.Binary:
+            raise InputError(f"{path}: column {name} is binary, which JSON can't hold; drop it")
+    rows = (finite_or_null(row) for row in table.iter_rows(named=True))
     lines = (
-        json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False)
-        for row in table.iter_rows(named=True)
+        json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False, default=str)
+        for row in rows
     )
     write_lines(path, lines)
 

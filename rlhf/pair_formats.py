@@ -70,7 +70,8 @@ class Preferences:
 
     `table` has `where`, `prompt` and, as pairs, `chosen`, `rejected` and `PAIR_META`, or, as
     labels, `completion`, `label` and `LABEL_META`. Prompts and answers have the type `MESSAGES`;
-    what the file lacks is null. `extras` are its other columns of plain type, row by row.
+    what the file lacks is null. `extras` are its other columns of plain type, row by row; `unread`
+    are columns that another format would have read.
     """
 
     records: Records
@@ -78,6 +79,7 @@ class Preferences:
     table: pl.DataFrame
     extras: pl.DataFrame
     notes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def paired(self) -> bool:
@@ -106,13 +108,35 @@ def read_preferences(
     found = _detect(records, table)
     if format is not None:
         found = _asked(format, found, table, records)
+    read = _read(found, table)
+    for name in read:
+        if name != "label" and table.schema[name] not in (pl.String, MESSAGES):
+            raise InputError(
+                f"{records.path}: {name} must be text, or messages with a role and text, in every "
+                f"record; it is {table.schema[name]}"
+            )
     parts, notes = _parts(found, table, records)
     _check_complete(parts, records)
     paired = "chosen" in parts.columns
     meta, used = _meta(table, PAIR_META if paired else LABEL_META, records)
     extras = table.drop(*used, *(p for p in _PARTS if p in table.columns))
     whole = pl.concat([records.where.to_frame(), parts, meta], how="horizontal")
-    return Preferences(records, found, whole, extras, tuple(notes))
+    # Of a prompt that is not read there is a note.
+    unread = (p for p in _PARTS if p in table.columns and p not in (*read, "prompt"))
+    return Preferences(records, found, whole, extras, tuple(notes), tuple(unread))
+
+
+def _read(format: Format, table: pl.DataFrame) -> tuple[str, ...]:
+    """The columns that make prompt and answers."""
+    if format == "sharegpt":
+        return "conversations", "chosen", "rejected"
+    if format in ("implicit", "implicit-chat"):
+        return "chosen", "rejected"
+    if format in ("labels", "labels-chat"):
+        known = (("completion", "prompt"), ("messages",), ("conversations",))
+        names = next(names for names in known if names[0] in table.columns)
+        return (*(name for name in names if name in table.columns), "label")
+    return "prompt", "chosen", "rejected"
 
 
 def _renamed(records: Records, columns: Mapping[str, str]) -> pl.DataFrame:
@@ -241,6 +265,11 @@ def _labelled(table: pl.DataFrame, records: Records) -> pl.DataFrame:
             last.alias("completion"),
             label.alias("label"),
         )
+    if "completion" not in table.columns:
+        raise InputError(
+            f"{records.path}: messages and conversations must be lists of messages with a role and "
+            "text where there is no completion"
+        )
     if "prompt" not in table.columns:
         raise InputError(f"{records.path}: labelled completions need a prompt, there is no column")
     transcript = pl.lit(False)
@@ -291,6 +320,7 @@ def _meta(
                 f"{table.schema[source]}"
             )
         used.append(source)
-        columns.append(pl.col(source).cast(dtype).alias(name))
+        value = pl.col(source).cast(dtype)
+        columns.append((value.fill_nan(None) if name in NUMBERS else value).alias(name))
     height = pl.int_range(table.height).alias("_row")
     return table.select(height, *columns).drop("_row"), used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,70 @@ def test_a_wrong_line_is_named(lines: list[str], message: str, tmp_path: Path) -
     path.write_text("\n".join(lines))
     with pytest.raises(InputError, match=message):
         read_preferences(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "6*7?", "chosen": 42, "rejected": 41}, "chosen must be text, or messages"),
+        ({"prompt": 7, "chosen": "a", "rejected": "b"}, "prompt must be text, or messages"),
+        ({"prompt": "q", "completion": True, "label": True}, "completion must be text, or mess"),
+        ({"prompt": "q", "messages": "a", "label": True}, "must be lists of messages"),
+    ],
+)
+def test_answers_that_are_no_text_are_refused(
+    record: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read_preferences(write(tmp_path, "odd.jsonl", [record]))
+
+
+def test_a_score_that_is_no_number_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "scored.parquet"
+    scores = {"score_chosen": [0.9, 0.8], "score_rejected": [float("nan"), 0.1]}
+    pl.DataFrame({"prompt": ["p", "q"], "chosen": "a", "rejected": "b", **scores}).write_parquet(
+        path
+    )
+    given = read_preferences(path)
+    assert given.table["score_rejected"].to_list() == [None, 0.1]
+    write_records(tmp_path / "out.jsonl", convert(given, "explicit").table)
+    again = read_preferences(tmp_path / "out.jsonl")
+    assert again.table["score_rejected"].to_list() == [None, 0.1]
+
+
+def test_what_json_has_no_type_for_becomes_text_or_is_refused(tmp_path: Path) -> None:
+    path, base = tmp_path / "dated.parquet", {"prompt": "p", "chosen": "a", "rejected": "b"}
+    pl.DataFrame({**base, "made": [date(2026, 1, 2)]}).write_parquet(path)
+    write_records(tmp_path / "out.jsonl", convert(read_preferences(path), "explicit-chat").table)
+    assert json.loads((tmp_path / "out.jsonl").read_text())["made"] == "2026-01-02"
+    pl.DataFrame({**base, "image": [b"png"]}).write_parquet(path)
+    with pytest.raises(InputError, match="column image is binary"):
+        write_records(tmp_path / "other.jsonl", convert(read_preferences(path), "explicit").table)
+    assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_columns_with_names_of_the_other_format_are_said_to_be_lost(tmp_path: Path) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "score": 3, "messages": [Q, A]}
+    pair |= {"chosen_source": "large", "rejected_source": "small", "annotator": "one"}
+    labels = convert(read_preferences(write(tmp_path, "pairs.jsonl", [pair])), "labels")
+    assert labels.table["source"].to_list() == ["large", "small"]
+    assert labels.table["annotator"].to_list() == ["one", "one"]
+    assert {"column messages", "column score, which there means something else"} < {*labels.lost}
+    written = write(tmp_path, "labels.jsonl", [])
+    write_records(written, labels.table)
+    back = convert(read_preferences(written), "explicit")
+    assert back.table.select("chosen_source", "rejected_source").rows() == [("large", "small")]
+    assert back.lost == ()
+    rows = [
+        {"prompt": "p", "completion": "a", "label": True, "annotator": "one", "score_chosen": 1},
+        {"prompt": "p", "completion": "b", "label": False, "annotator": "two", "score_chosen": 1},
+    ]
+    pairs = convert(read_preferences(write(tmp_path, "own.jsonl", rows)), "explicit")
+    assert pairs.table["annotator"].to_list() == ["one"]
+    assert pairs.lost == (
+        "column score_chosen, which there means something else",
+        "annotator of 1 rejected answers, which is not their chosen one's",
+    )
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -128,9 +128,9 @@ def test_zero_3_has_no_more_than_a_share_and_two_of_a_tensor_while_it_loads() ->
         on_gpu=False,
     )
     alone, split = Sharded(held, Sharding()), Sharded(held, Sharding(3, zero_loading.RANKS))
-    found = dict(zip(zero_loading.CASES, zero_loading.measure(zero_loading.CASES), strict=True))
+    cases = [case for case in zero_loading.CASES if case.split or case.precision == "fp32"]
+    found = dict(zip(cases, zero_loading.measure(cases), strict=True))
     for case, ranks in found.items():
-        whole = found[replace(case, split=False)]
         weight = {"fp32": 4, "bf16": 2}[case.precision]
         assert len(ranks) == zero_loading.RANKS
         for loaded in ranks:
@@ -138,9 +138,10 @@ def test_zero_3_has_no_more_than_a_share_and_two_of_a_tensor_while_it_loads() ->
             assert loaded.held == pytest.approx(rank.base * weight / 4, rel=0.001)
             # DeepSpeed makes weights of the type that its config names.
             assert loaded.dtype == {"fp32": "float32", "bf16": "bfloat16"}[case.precision]
-            assert loaded.logits == whole[0].logits
+            if case.precision == "fp32":
+                assert loaded.logits == found[replace(case, split=False)][0].logits
             if case.split:
                 said = weight / 4 * rank.base + 2 * weight * rank.largest
                 assert loaded.held < loaded.peak < 1.1 * said
-            elif case.precision == "fp32":
+            else:
                 assert loaded.peak > 0.99 * alone.base
