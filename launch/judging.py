@@ -14,7 +14,7 @@ from rlhf.answers import AT_ONCE
 from rlhf.canaries import Watch
 from rlhf.certificates import JudgeIdentity, Standing, require_certificates
 from rlhf.config import RunConfig
-from rlhf.files import make_folder, write_json
+from rlhf.files import make_folder, read_json, write_json
 from rlhf.protocols import Asked, Generator, Judge, ModelJudge
 from rlhf.protocols import Serving as ServingProtocol
 from rlhf.types import Completion, Prompt, Score, scores_table
@@ -76,8 +76,11 @@ class Judging:
         make_folder(folder)
         if self._models:
             self._cache.open(folder / FILE if self._cache_path is None else Path(self._cache_path))
-        held = {"standings": [_entry(standing) for standing in self._standings]}
-        write_json(folder / STANDINGS, held)
+        before = _trained_uncertified(folder)
+        entries = [_entry(standing) for standing in self._standings]
+        for entry in entries:
+            entry["trained_uncertified"] = (entry["judge"], entry["dimension"]) in before
+        write_json(folder / STANDINGS, {"standings": entries})
         for standing in self.uncertified:
             say(
                 f"UNCERTIFIED: {standing.judge} trains {standing.dimension} without a certificate "
@@ -140,6 +143,10 @@ class _Asked:
     def waiting(self) -> list[Future[list[Score]]]:
         return [found for found in self.elsewhere.values() if not found.done()]
 
+    @property
+    def ready(self) -> bool:
+        return not self.waiting and len(self.elsewhere) == len(self.judges)
+
     def cancel(self) -> None:
         for found in self.elsewhere.values():
             found.cancel()
@@ -180,6 +187,21 @@ def identities(judges: Sequence[Judge]) -> dict[tuple[str, str], JudgeIdentity]:
         for judge in judges
         for dimension in judge.dimensions
         if (found := identity(judge, dimension)) is not None
+    }
+
+
+def _trained_uncertified(folder: Path) -> set[tuple[str, str]]:
+    """(judge, dimension) that had no certificate when it trained a policy of this run: what it
+    gets later is not about that."""
+    path = folder / STANDINGS
+    if not path.exists():
+        return set()
+    entries = read_json(path, "it belongs to a run: put back what was changed")["standings"]
+    trained = any(folder.parent.glob("rounds/*/policy"))
+    return {
+        (entry["judge"], entry["dimension"])
+        for entry in entries
+        if entry.get("trained_uncertified") or (trained and not entry["granted"])
     }
 
 

@@ -172,6 +172,11 @@ class Asked(Protocol):
         """Answers of judges that work by themselves and are not there yet."""
         ...
 
+    @property
+    def ready(self) -> bool:
+        """Whether all scores are there, and nobody has to be asked in this thread."""
+        ...
+
     def scores(self) -> pl.DataFrame:
         """All scores, once they are there; judges that work in this thread are asked now."""
         ...

@@ -69,7 +69,9 @@ def mask(text: str) -> str:
 def _in_environment() -> Iterator[tuple[str, str]]:
     """Variable and secret: the value, or the user and password of a URL in it (a proxy's)."""
     for variable, value in os.environ.items():
-        if names_secret(variable) and len(value) >= _LEAST:
-            yield variable, value
+        # As it is, and as who strips it shows it.
+        for known in dict.fromkeys((value, value.strip())) if names_secret(variable) else ():
+            if len(known) >= _LEAST:
+                yield variable, known
         for user in _USER.findall(value):
             yield from ((variable, part) for part in user.split(":") if len(part) >= _LEAST)

@@ -137,7 +137,8 @@ class StageBase:
             for at, drawn in stream(generator, jobs):
                 table = _checked(draw, wanted[at], drawn)
                 completions.write(wanted[at], table)
-                for number in [n for n, found in asked.items() if not found.waiting]:
+                # A user's function may need the main thread: the loop asks it.
+                for number in [n for n, found in asked.items() if found.ready]:
                     scores.write(number, asked.pop(number).scores())
                 # Those of this round come first where judges are slow.
                 if (

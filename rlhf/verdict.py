@@ -137,7 +137,8 @@ def uncertified_judges(run: RunView) -> list[str]:
     if not path.exists():
         return [j.name for j in run.config.judges.panel if j.kind not in _EXEMPT_KINDS]
     standings = read_json(path, "it belongs to a run: put back what was changed")["standings"]
-    return list(dict.fromkeys(s["judge"] for s in standings if not s["granted"]))
+    found = (s["judge"] for s in standings if not s["granted"] or s.get("trained_uncertified"))
+    return list(dict.fromkeys(found))
 
 
 def _unwatched(run: RunView) -> list[str]:

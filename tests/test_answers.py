@@ -79,6 +79,10 @@ class _Asked:
     def waiting(self) -> list[Future[None]]:
         return [] if self.answer.done() else [self.answer]
 
+    @property
+    def ready(self) -> bool:
+        return not self.waiting
+
     def scores(self) -> pl.DataFrame:
         self.answer.result(timeout=20)
         return scores_table(

@@ -280,6 +280,12 @@ def test_the_stop_names_dimension_share_limit_and_common_reasons() -> None:
     assert caught.value.exit_status == 3
 
 
+def test_one_judge_is_not_hidden_by_another_of_its_dimension() -> None:
+    audit = [Score.of("p", n, "onlooker", "style", 0.5) for n in range(100)]
+    with pytest.raises(DataGateError, match=r"style: 9\.0% \(9 of 100\) of v; 9 x v: value is NaN"):
+        check_abstentions(scores_table(abstaining(9, 100) + audit), 0.05)
+
+
 def test_one_dimension_is_not_hidden_by_the_others() -> None:
     scores = abstaining(10, 10, "a") + [s for d in "bcdefgh" for s in abstaining(0, 100, d)]
     with pytest.raises(DataGateError, match="a: 100"):

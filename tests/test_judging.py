@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,15 +21,16 @@ import yaml
 from fakes import run_values
 from scripted_server import Reply, Request, ScriptedServer, chat
 
-from launch.judging import Judging, Sharing
+from launch.judging import Judging, Sharing, _Asked, _trained_uncertified
 from launch.local import rehearse, train
 from rlhf.calibration import Use, calibrate
 from rlhf.certificates import write_certificate
 from rlhf.config import RunConfig
 from rlhf.errors import InputError, Interrupted
+from rlhf.files import write_json
 from rlhf.judgements import read_both
 from rlhf.types import Completion, Prompt, Score, scores_table
-from rlhf.verdict import uncertified_judges
+from rlhf.verdict import STANDINGS, uncertified_judges
 from rollout.judges.cache import FILE, Chosen, open_existing
 from rollout.judges.identity import identity
 from rollout.judges.llm import LlmJudge
@@ -85,6 +87,31 @@ def test_without_a_certificate_nothing_is_begun(tiny_model: Path, tmp_path: Path
                 begin(config(values))
             assert "pairloop judge calibrate" in str(caught.value)
     assert server.requests == [] and not (tmp_path / "runs").exists()
+
+
+def test_a_certificate_that_came_later_is_not_about_what_was_trained(tmp_path: Path) -> None:
+    folder = tmp_path / "judges"
+    folder.mkdir()
+    assert _trained_uncertified(folder) == set()
+    entry = {"judge": "reader", "dimension": "style", "granted": False}
+    write_json(folder / STANDINGS, {"standings": [entry]})
+    assert _trained_uncertified(folder) == set(), "it has trained nothing"
+    (tmp_path / "rounds/0001/policy").mkdir(parents=True)
+    assert _trained_uncertified(folder) == {("reader", "style")}
+    later = {**entry, "granted": True, "trained_uncertified": True}
+    write_json(folder / STANDINGS, {"standings": [later]})
+    assert _trained_uncertified(folder) == {("reader", "style")}
+
+
+def test_functions_are_asked_by_the_loop_and_not_beside_it() -> None:
+    """A user's function may need the main thread."""
+    done: Future[list[Score]] = Future()
+    done.set_result([])
+    plain: Any = SimpleNamespace(name="rules")
+    model: Any = SimpleNamespace(name="reader")
+    assert _Asked([model], [], {"reader": done}).ready
+    assert not _Asked([plain, model], [], {"reader": done}).ready
+    assert not _Asked([model], [], {"reader": Future()}).ready
 
 
 @pytest.mark.slow

@@ -219,6 +219,27 @@ def test_one_call_may_grade_every_dimension_each_by_its_own_place() -> None:
     assert [s.abstained for s in partial.score([item("At nine.")])] == [True, True]
 
 
+def test_dimensions_in_another_order_keep_their_own_probabilities() -> None:
+    """JSON's members have no order, and equal grades hide whose probabilities are whose."""
+    pieces = ('{"correctness":{"reason":"b","grade":', "4", '},"style":{"reason":"a","grade":', "4")
+    likely = [{"4": math.log(0.9), "5": math.log(0.1)}, {"4": math.log(0.6), "1": math.log(0.4)}]
+    graded = iter(likely)
+    found = [Token(p, next(graded) if p == "4" else {p: 0.0}) for p in pieces]
+    answer = Answer("".join((*pieces, "}}")), (*found, Token("}}", {})))
+    two: dict[str, Any] = {"dimensions": ["style", "correctness"], "one_call": "all"}
+    built, _ = judge(lambda call: answer, grade="expected", **two)
+    style, correctness = built.score([item("At nine.")])
+    assert correctness.score == pytest.approx((4.1 - 1) / 4)
+    assert style.score == pytest.approx((0.6 * 4 + 0.4 - 1) / 4)
+
+
+def test_half_a_surrogate_pair_in_a_reason_is_replaced() -> None:
+    built, _ = judge(said('{"reason": "good \\ud83d", "grade": 4}'))
+    score = only(built.score([item("At nine.")]))
+    assert (score.score, score.reason) == (0.75, "good ?")
+    assert scores_table([score]).height == 1
+
+
 def test_a_dimension_that_needs_a_context_abstains_without_a_call() -> None:
     two: dict[str, Any] = {"dimensions": ["groundedness", "style"]}
     for one_call in ("per_dimension", "all"):

@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 from scripted_server import Fault, Reply, Request, Script, ScriptedServer, chat, refuse
 
-from rlhf.config_judges import LlmSpec
+from rlhf.config_judges import LlmSpec, Traffic
 from rlhf.errors import InputError, Interrupted
 from rlhf.types import Completion, Prompt, Score
 from rollout.judges.backends import Answer
+from rollout.judges.backends.ledger import Ledger
 from rollout.judges.backends.openai import OpenAiBackend
 from rollout.judges.llm import LlmJudge
 
@@ -87,6 +88,27 @@ def expected(count: int) -> list[float]:
 
 def values(scores: list[Score]) -> list[float | None]:
     return [score.score for score in scores]
+
+
+@pytest.mark.parametrize("value", [f"{KEY}\n", f" {KEY}", "\u201ckey\u201d-0123456789"])
+def test_a_key_that_no_header_takes_is_refused_and_not_shown(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_ACCESS", value)
+    with pytest.raises(InputError, match="JUDGE_ACCESS must be one word of printable") as caught:
+        judge("http://127.0.0.1:9/v1")
+    assert value.strip() not in str(caught.value)
+
+
+def test_of_a_budget_no_call_that_was_sent_is_forgotten(tmp_path: Path) -> None:
+    """A kill may come while all of them wait for their answers."""
+    ledger = Ledger(Traffic(max_calls=20), "reader")
+    ledger.open(tmp_path / "usage.json")
+    for _ in range(8):
+        ledger.charge(retry=False)
+    again = Ledger(Traffic(max_calls=20), "reader")
+    again.open(tmp_path / "usage.json")
+    assert again.calls == 8
 
 
 def test_every_answer_gets_its_own_verdict_whatever_the_order_they_come_in() -> None:

@@ -212,3 +212,10 @@ def test_no_canary_reaches_a_file_an_argument_or_the_output(
     for name, text in {**told, "output": output, "arguments": b"\n".join(theirs)}.items():
         place = text.find(b"zq7391")
         assert place < 0, f"{name}: {text[max(0, place - 200) : place + 40]!r}"
+
+
+def test_a_secret_with_white_space_at_its_ends_is_masked_without_it_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "0123456789abcdef\n")
+    assert "0123456789abcdef" not in mask("Illegal header value b'Bearer 0123456789abcdef\\n'")

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,25 @@ def test_weights_are_those_in_the_folder(tmp_path: Path) -> None:
     before = weights_of(str(tmp_path), None)
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert before != weights_of(str(tmp_path), None)
+    before = weights_of(str(tmp_path), None)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert before != weights_of(str(tmp_path), None), "the same text reads otherwise"
     assert weights_of("nobody/has-this", None) is None
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="must hold weights as"):
+        weights_of(str(tmp_path), None)
+
+
+def test_an_answer_without_the_probabilities_that_were_asked_for_is_asked_for_again(
+    cache: VerdictCache,
+) -> None:
+    stub = Stub(Answer('{"reason": "so", "grade": 4}'))
+    (plain,) = calls(1)
+    for call in (plain, replace(plain, alternatives=5)):
+        before = stub.asked
+        for _ in range(2):
+            backend(stub, cache).ask([call])
+        assert stub.asked - before == 1 + bool(call.alternatives)
 
 
 @pytest.mark.parametrize("bad", [Answer.failed("timed out"), Answer('{"grade": 4')])

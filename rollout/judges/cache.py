@@ -51,15 +51,25 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+_OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+"""What of a folder says how a text is read and answered."""
+
+
 def weights_of(model: str, revision: str | None) -> str | None:
-    """What tells a model's weights from others of its name: the SHA-256 of a local file or folder,
-    the commit of a hub id that is on this machine; None where that can't be known."""
+    """What tells a model from others of its name: the SHA-256 of a local file, or of a folder's
+    weights, config and tokenizer; the commit of a hub id that is on this machine; None where that
+    can't be known. Raises InputError for a folder without safetensors."""
     path = resolve_path(model)
     if path.is_file():
         return sha256_file(path)
     if path.is_dir():
-        held = [(p.name, sha256_file(p)) for p in sorted(path.glob("*.safetensors"))]
-        return key_of(*held)
+        if not any(path.glob("*.safetensors")):
+            raise InputError(
+                f"{path} must hold weights as *.safetensors, found none: they could be replaced "
+                "unnoticed; convert them"
+            )
+        parts = sorted(p for pattern in _OF_A_MODEL for p in path.glob(pattern))
+        return key_of(*((p.name, sha256_file(p)) for p in parts))
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model, "config.json", revision=revision)
@@ -257,7 +267,7 @@ class CachedBackend:
         waiting = _Waiting(self._cache)
 
         def told(index: int, answer: Answer) -> None:
-            if _worth_keeping(answer):
+            if _worth_keeping(calls[missing[index]], answer):
                 model = self.identity.get("model", "")
                 key = keys[missing[index]]
                 waiting.add(Entry(key, self._judge, model, _value(answer)))
@@ -316,9 +326,10 @@ def open_existing(path: Path) -> VerdictCache:
     return cache
 
 
-def _worth_keeping(answer: Answer) -> bool:
-    """Whether it is JSON as asked for: what isn't may be better next time."""
-    if answer.text is None:
+def _worth_keeping(call: Call, answer: Answer) -> bool:
+    """Whether it is JSON as asked for, with its probabilities where those were: what isn't may be
+    better next time."""
+    if answer.text is None or (call.alternatives and not answer.tokens):
         return False
     try:
         json.loads(answer.text)

@@ -269,27 +269,27 @@ def _well_formed(score: Score) -> bool:
 
 
 def check_abstentions(scores: pl.DataFrame, limit: float) -> None:
-    """Stop where a dimension misses too many scores.
+    """Stop where a judge leaves out too many scores of a dimension.
 
     `scores` has schema `SCORES`; `limit` is the largest share of abstentions, in [0, 1], that a
-    dimension may have. Raises DataGateError with every dimension above it and its commonest
-    reasons.
+    judge may have in a dimension: another that scores the same one hides none of its. Raises
+    DataGateError with every dimension above it and its commonest reasons.
     """
     shares = (
-        scores.group_by("dimension")
+        scores.group_by("dimension", "judge")
         .agg(
             pl.col("abstained").mean().alias("share"),
             pl.col("abstained").sum().alias("missing"),
             pl.len().alias("asked"),
         )
         .filter(pl.col("share") > limit)
-        .sort("dimension")
+        .sort("dimension", "judge")
     )
     if shares.is_empty():
         return
     lines = [
-        f"  {row['dimension']}: {row['share']:.1%} ({row['missing']} of {row['asked']}); "
-        + _common_reasons(scores, row["dimension"])
+        f"  {row['dimension']}: {row['share']:.1%} ({row['missing']} of {row['asked']}) of "
+        f"{row['judge']}; " + _common_reasons(scores.filter(judge=row["judge"]), row["dimension"])
         for row in shares.iter_rows(named=True)
     ]
     raise DataGateError(

@@ -74,8 +74,9 @@ def grades(
     except NoVerdict as why:
         return dict.fromkeys(rubrics, why)
     places = _places(answer.tokens)
-    for index, (dimension, rubric) in enumerate(rubrics.items()):
-        verdict = verdicts[dimension]
+    # An object's members may come in any order; what decided them stands in that of the text.
+    for index, (dimension, verdict) in enumerate(verdicts.items()):
+        rubric = rubrics[dimension]
         grade = verdict["grade"]
         try:
             if grade is None:
@@ -135,8 +136,9 @@ def comparisons(completions: Sequence[Completion], won: Won) -> Iterator[Compari
 
 
 def _verdicts(answer: Answer, dimensions: Sequence[str], key: str) -> dict[str, dict[str, Any]]:
-    """The verdict object of every dimension. The whole text must be one JSON object of exactly
-    the keys asked for: nothing is looked for inside a text that merely holds such an object."""
+    """The verdict object of every dimension, in the text's order. The whole text must be one JSON
+    object of exactly the keys asked for: nothing is looked for inside a text that merely holds such
+    an object."""
     if answer.text is None:
         raise NoVerdict(_short(answer.failure or "no answer"))
     try:
@@ -154,7 +156,9 @@ def _verdicts(answer: Answer, dimensions: Sequence[str], key: str) -> dict[str, 
         )
         if not well_formed:
             raise NoVerdict(_short(f"not a verdict with reason and {key}: {answer.text!r}"))
-    return {dimension: nested[dimension] for dimension in dimensions}
+        # JSON may hold half a surrogate pair, which no table takes.
+        verdict["reason"] = verdict["reason"].encode(errors="replace").decode()
+    return nested
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ _SECONDS_BETWEEN_WRITES = 1.0
 
 
 class Ledger:
-    """Calls, tokens and who answered. A kill costs at most the last second's entries.
+    """Calls, tokens and who answered. A kill costs what came since the last call was sent; where
+    there is a budget, no call that was sent is forgotten.
 
     >>> ledger = Ledger(Traffic(max_calls=1), "reader")
     >>> ledger.charge(retry=False)
@@ -62,7 +63,10 @@ class Ledger:
             )
         self.calls += 1
         self.retries += retry
-        self._keep()
+        if calls is None and tokens is None:
+            self._keep()
+        else:
+            self.write()
 
     def answered(self, model: str, prompt_tokens: int, completion_tokens: int) -> None:
         """An answer came; `model` is what the endpoint says it was."""

@@ -77,6 +77,12 @@ class OpenAiBackend:
                 "endpoint's key, but is not set; set it, name another, or give null for a server "
                 "that wants none"
             )
+        key = os.environ[variable] if variable is not None else "none"
+        if not (key.isascii() and key.isprintable() and key == key.strip()):
+            raise InputError(
+                f"{field}.traffic.api_key_env: the value of {variable} must be one word of "
+                "printable ASCII, but has white space at an end or other characters in it"
+            )
 
     def start(self, record: Path | None, probe: Call) -> Answer:
         """See `Backend.start`: one call shows whether key, address, model and options are right."""
