@@ -15,7 +15,7 @@ from rich.table import Table
 from launch.judge import Places
 from rlhf import config_io
 from rlhf.calibration import LEFT_OUT, Finding, Use, compared, finding_of
-from rlhf.certificates import JudgeIdentity, write_certificate
+from rlhf.certificates import JudgeIdentity, check_measured, write_certificate
 from rlhf.config import RunConfig
 from rlhf.config_calibration import Calibration
 from rlhf.config_judges import VerifierSpec
@@ -52,6 +52,7 @@ def run(
     written = []
     if registry is not None:
         known = _identities(config)
+        check_measured(verdicts_path, known)
         written = _certify(findings, registry, sha256_file(gold_path), settings, known)
     report = places.report or (registry and registry / _page_name(verdicts_path, gold_path))
     if report:

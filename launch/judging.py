@@ -12,7 +12,13 @@ import polars as pl
 
 from rlhf.answers import AT_ONCE
 from rlhf.canaries import Watch
-from rlhf.certificates import JudgeIdentity, Standing, require_certificates
+from rlhf.certificates import (
+    IDENTITIES,
+    JudgeIdentity,
+    Standing,
+    require_certificates,
+    write_identities,
+)
 from rlhf.config import RunConfig
 from rlhf.files import make_folder, read_json, write_json
 from rlhf.protocols import Asked, Generator, Judge, ModelJudge
@@ -49,7 +55,8 @@ class Judging:
         self._panel = build(config.judges.panel, "judges.panel", engines, self._cache)
         self._audit = build(config.judges.audit, "judges.audit", engines, self._cache)
         self._limit = config.judges.max_abstention
-        self._standings = require_certificates(config, identities(self._panel), datetime.now(UTC))
+        self._identities = identities(self._panel)
+        self._standings = require_certificates(config, self._identities, datetime.now(UTC))
         self.watch = Watch(
             ask=lambda items: ask_anew([*self._panel, *self._audit], items, self._cache),
             audit=lambda items: scores_table(score_all(self._audit, items)),
@@ -81,6 +88,7 @@ class Judging:
         for entry in entries:
             entry["trained_uncertified"] = (entry["judge"], entry["dimension"]) in before
         write_json(folder / STANDINGS, {"standings": entries})
+        write_identities(folder / IDENTITIES, self._identities)
         for standing in self.uncertified:
             say(
                 f"UNCERTIFIED: {standing.judge} trains {standing.dimension} without a certificate "

@@ -13,9 +13,11 @@ from rich.table import Table
 from launch.judge import Wanted
 from rlhf.blind_sheet import Question, Sampled, Sheet, read_key, sample_pairs, write_sheet
 from rlhf.blind_sheet.labels import as_lines, read_labels
+from rlhf.certificates import IDENTITIES
 from rlhf.config import RunConfig
 from rlhf.config_judges import EnsembleSpec, LlmSpec
 from rlhf.errors import InputError
+from rlhf.files import atomic_write
 from rlhf.pair_files import write_lines
 from rlhf.run_pairs import STRATA, Offer, judged_answers, offered, verdicts_of
 from rlhf.run_view import RunView
@@ -49,6 +51,10 @@ def sample(folder: Path, wanted: Wanted, out: Path | None) -> int:
     paths = write_sheet(target, sheet, run.config.run.name)
     said = verdicts_of(sheet.pairs, answers, questions)
     write_lines(target / VERDICTS, [json.dumps(line, ensure_ascii=False) for line in said])
+    known = folder / "judges" / IDENTITIES
+    if known.is_file():
+        # Who gave them, which the config may say otherwise by the time they are compared.
+        atomic_write(target / IDENTITIES, known.read_bytes())
     _show(drawn, offer, wanted.items)
     hand_out, key = paths[:2], paths[2:]
     print(f"hand out one of: {', '.join(map(str, hand_out))}")

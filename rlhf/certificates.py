@@ -46,6 +46,36 @@ class JudgeIdentity:
     """Whether others serve it, and may change it."""
 
 
+IDENTITIES = "identities.json"
+"""Beside a run's judges, and beside the verdicts of theirs that were drawn from it."""
+
+
+def write_identities(path: Path, known: Mapping[tuple[str, str], JudgeIdentity]) -> None:
+    """Who gave the verdicts of a run, by judge and dimension."""
+    entries = [{"dimension": d, **asdict(identity)} for (_, d), identity in sorted(known.items())]
+    write_json(path, {"identities": entries})
+
+
+def check_measured(verdicts: Path, known: Mapping[tuple[str, str], JudgeIdentity]) -> None:
+    """Raises InputError where a file of verdicts has `IDENTITIES` beside it, and another judge of a
+    name gave them than the one that would be certified."""
+    path = verdicts.with_name(IDENTITIES)
+    if not path.is_file():
+        return
+    for entry in read_json(path, "sample the run again")["identities"]:
+        now = known.get((entry["judge"], entry["dimension"]))
+        if now is None:
+            continue
+        changed = [name for name, value in asdict(now).items() if entry.get(name) != value]
+        if changed:
+            told = ", ".join(f"{n} {entry.get(n)} -> {getattr(now, n)}" for n in changed)
+            raise InputError(
+                f"judge {entry['judge']} on {entry['dimension']} is not the one whose verdicts are "
+                f"in {verdicts}: {told}; put back what was changed, or sample and label answers "
+                "that it has judged"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """Whether a judge may be used on a dimension, and why not."""

@@ -27,6 +27,16 @@ class _Judge(Section):
     dimensions: Annotated[list[str], Field(min_length=1)]
     """What it scores."""
 
+    @field_validator("name")
+    @classmethod
+    def _no_file_s_name(cls, value: str) -> str:
+        if value in ("standings", "identities") or value.endswith("-usage"):
+            raise ValueError(
+                f"must not be {value}, a name that a run's own files have beside a judge's; "
+                "call it otherwise"
+            )
+        return value
+
     @field_validator("dimensions")
     @classmethod
     def _no_column_s_name(cls, value: list[str]) -> list[str]:

@@ -17,12 +17,15 @@ from rlhf import config_io
 from rlhf.agreement import Metric
 from rlhf.calibration import Finding, Use
 from rlhf.certificates import (
+    IDENTITIES,
     JudgeIdentity,
     Standing,
+    check_measured,
     find_certificate,
     require_certificates,
     retest_sd,
     write_certificate,
+    write_identities,
 )
 from rlhf.config import RunConfig
 from rlhf.config_calibration import Calibration, Thresholds
@@ -294,3 +297,17 @@ calibration: {verdicts: verdicts.jsonl, gold: gold.jsonl, bootstrap: 200}
     other = config_io.load([Path("run.yaml")], [("judges.panel.0.model", "org/other")])
     with pytest.raises(InputError, match="mismatched.*org/judge"):
         Judging(other, InProcess("cpu"))
+
+
+def test_verdicts_certify_nobody_but_who_gave_them(tmp_path: Path) -> None:
+    """A rubric that was edited between the run and its calibration is another judge's."""
+    given = JudgeIdentity("reader", "org/judge", "1f0c", "rubric")
+    known = {("reader", "style"): given, ("reader", "tone"): given}
+    verdicts = tmp_path / "verdicts.jsonl"
+    check_measured(verdicts, known)
+    write_identities(tmp_path / IDENTITIES, known)
+    check_measured(verdicts, known)
+    check_measured(verdicts, {("another", "style"): JudgeIdentity("another")})
+    edited = {**known, ("reader", "tone"): replace(given, rubric_hash="edited")}
+    with pytest.raises(InputError, match="reader on tone is not the one.*rubric -> edited"):
+        check_measured(verdicts, edited)

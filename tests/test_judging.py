@@ -126,6 +126,8 @@ def test_an_uncertified_run_trains_on_its_verdicts_and_says_so(
     assert "UNCERTIFIED: reader trains style without a certificate (missing" in log
     assert "judge reader: at most " in log and "calls so far" in log
     assert "**Uncertified judges**: reader trained this policy" in (run / "summary.md").read_text()
+    (known,) = json.loads((run / "judges/identities.json").read_text())["identities"]
+    assert (known["judge"], known["dimension"]) == ("reader", "style") and known["rubric_hash"]
     usage = json.loads((run / "judges/reader-usage.json").read_text())
     assert usage["calls"] == len(server.requests)
     assert usage["served"] == {"judge-2026-01 fp_7": len(server.requests)}
