@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -20,6 +21,7 @@ from rlhf.errors import InputError
 from rlhf.protocols import ModelJudge
 from rlhf.types import Completion, Prompt, Score, scores_table
 from rollout.judges.backends import Answer, Call, Keep, Token
+from rollout.judges.backends.vllm import VllmBackend
 from rollout.judges.fence import Fence, harmless, suspicion
 from rollout.judges.identity import identity
 from rollout.judges.llm import LlmJudge, calls, load_rubrics
@@ -546,6 +548,16 @@ def test_calls_are_counted_before_they_are_made() -> None:
     pointwise = config(backend="openai", traffic={"max_calls": 100})
     (line,) = planned_calls(pointwise, train=100, gate=20, final=30)
     assert "at most 415 calls" in line and line.endswith("; budget 100, which may not do")
+
+
+def test_a_model_without_a_chat_template_is_refused_by_name() -> None:
+    backend = VllmBackend(spec(model="org/base"), "judges.panel[0]", "cpu")
+    tokenizer = SimpleNamespace(chat_template=None)
+    llm = SimpleNamespace(get_tokenizer=lambda: tokenizer)
+    engine: Any = SimpleNamespace(started=False, start=lambda *_, **__: None, llm=llm)
+    backend._engine = engine
+    with pytest.raises(InputError, match="org/base has no chat template"):
+        backend.ready()
 
 
 @pytest.mark.engine

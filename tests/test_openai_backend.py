@@ -277,8 +277,12 @@ def test_retry_after_may_be_a_date_or_milliseconds() -> None:
 
 
 def test_a_server_with_no_room_today_is_left_alone_and_the_run_can_be_resumed() -> None:
-    for headers, code in (({"Retry_After": "86400"}, ""), ({}, "insufficient_quota")):
-        reply = refuse(429, code=code, **headers)
+    for status, headers, code in (
+        (429, {"Retry_After": "86400"}, ""),
+        (429, {}, "insufficient_quota"),
+        (402, {}, ""),
+    ):
+        reply = refuse(status, code=code, **headers)
         with (
             ScriptedServer(partial(_same, reply)) as server,
             pytest.raises(Interrupted, match="has no room for more calls now") as caught,

@@ -294,9 +294,11 @@ class OpenAiBackend:
                 f"judge {spec.name}: {spec.base_url} has no model {spec.model!r}, or is no such "
                 f"endpoint; check model and base_url, which mostly ends in /v1 ({said})"
             )
-        if status in _PASSING or status >= 500:
+        if status in (402, *_PASSING) or status >= 500:
             wait = _requested_wait(error.response.headers)
-            spent = isinstance(error.body, dict) and error.body.get("code") == "insufficient_quota"
+            code = error.body.get("code") if isinstance(error.body, dict) else None
+            # 402: what was paid for is spent.
+            spent = status == 402 or code == "insufficient_quota"
             if spent or (wait or 0) > _LONGEST_REQUESTED_WAIT:
                 return Interrupted(
                     f"judge {spec.name}: {spec.base_url} has no room for more calls now ({said}); "

@@ -118,6 +118,11 @@ class VllmBackend:
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
         )
         self._tokenizer = self._engine.llm.get_tokenizer()
+        if getattr(self._tokenizer, "chat_template", "its own") is None:
+            raise InputError(
+                f"judge {self._spec.name}: {self._spec.model} has no chat template, so it is no "
+                "model that answers questions; take the instruct version of it"
+            )
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         """Prompt token ids. Where a chat template knows no system role, the instructions open the
