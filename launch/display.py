@@ -94,7 +94,7 @@ class Display:
         # The terminal under a descriptor of its own, before 1 and 2 lead elsewhere.
         self._terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
         self.console = _Screen(
-            file=self._terminal, force_terminal=True, highlight=False, emoji=False
+            file=self._terminal, force_terminal=True, highlight=False, markup=False, emoji=False
         )
         self._live = Live(
             console=self.console,

@@ -34,18 +34,21 @@ def select(
     from contextlib import nullcontext
 
     from rlhf.config_io import load
-    from rlhf.files import atomic_folder, write_json, write_tables
+    from rlhf.errors import InputError
+    from rlhf.files import atomic_folder, named, write_json, write_tables
     from rlhf.rules import Rules
     from rlhf.selection_shards import in_turn, shards_of
     from rlhf.types import pairs_schema
 
+    if round < 0:
+        raise InputError(f"--round must be at least 0, got {round}")
     rules = Rules.of(load([config]))
     _refuse_existing(out)
     # Tasks of Ray have a working directory of their own.
     shards = shards_of(folder.absolute() if ray else folder)
     if ray:
         from launch import ray_data
-    with ray_data.cluster() if ray else nullcontext(), atomic_folder(out) as staging:
+    with ray_data.cluster() if ray else nullcontext(), named(out), atomic_folder(out) as staging:
         if ray:
             funnel, tables = ray_data.select(shards, rules, round)
         else:
@@ -98,7 +101,7 @@ def dedupe(
 
     from rlhf.duplicate_shards import Alike, records, slices_of, text_columns, whole
     from rlhf.errors import InputError
-    from rlhf.files import write_tables
+    from rlhf.files import named, write_tables
     from rlhf.pair_files import check_target, write_records
 
     if not 0 < similarity <= 1:
@@ -109,6 +112,8 @@ def dedupe(
     if fallen is not None:
         check_target(fallen)
         _refuse_existing(fallen)
+        if fallen.absolute() == out.absolute():
+            raise InputError(f"--fallen must not be {out}, where the others go; name another")
     # Tasks of Ray have a working directory of their own.
     slices = slices_of(pool.absolute() if ray else pool)
     rule = Alike(text_columns(slices, text), similarity)
@@ -122,7 +127,8 @@ def dedupe(
     numbered = found.with_row_index("record")
     stays = numbered["kept"] == numbered["record"]
     left = (records(part).filter(stays[part.first : part.first + part.records]) for part in slices)
-    write_tables(left, pl.Schema(pl.read_parquet_schema(slices[0].path)), out)
+    with named(out):
+        write_tables(left, pl.Schema(pl.read_parquet_schema(slices[0].path)), out)
     fell = numbered.filter(~stays)
     if fallen is not None:
         counted = fell.select(pl.col("record", "kept") + 1, "similarity")

@@ -121,9 +121,14 @@ def filter_(
     json
         Print the funnel as JSON.
     """
-    from rlhf.pair_files import write_records
+    from rlhf.errors import InputError
+    from rlhf.pair_files import check_target, write_records
     from rlhf.pair_filter import apply_rules, default_rules, write_kept
 
+    if fallen is not None:
+        check_target(fallen)
+        if fallen.absolute() == out.absolute():
+            raise InputError(f"--fallen must not be {out}, where the others go; name another")
     preferences = _read(file, reading)
     asked = default_rules(preferences) if rules is None else _listed(rules)
     _refuse_overwriting(file, out, fallen)

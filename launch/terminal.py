@@ -32,6 +32,8 @@ class Terminal:
         # an output of its own, they are lines as well.
         self.console = Console(
             highlight=False,
+            # Cells may hold what users wrote.
+            markup=False,
             emoji=False,
             force_terminal=self.live,
             force_jupyter=False,

@@ -66,7 +66,7 @@ class Prompts(Section):
     def _fields_known(self) -> Prompts:
         try:
             self.template.format(prompt="", context="")
-        except (KeyError, IndexError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"template may use {{prompt}} and {{context}} only: {error}") from None
         return self
 

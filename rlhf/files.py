@@ -71,6 +71,19 @@ def reports_full_disk(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Turn what keeps `path` from being written, permissions or another kind of file there, into an
+    `InputError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} must be a file or folder that can be written: {error.strerror or error}; give "
+            "another, or change its permissions"
+        ) from error
+
+
 def sync(path: Path) -> None:
     """Fsync a file or a folder's own entries."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

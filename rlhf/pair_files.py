@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn
 import polars as pl
 
 from rlhf.errors import InputError
-from rlhf.files import atomic_file, finite_or_null, read_parquet, write_parquet
+from rlhf.files import atomic_file, finite_or_null, named, read_parquet, write_parquet
 
 SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".parquet")
 MESSAGES: Final = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
@@ -69,7 +69,8 @@ def write_records(path: Path, table: pl.DataFrame) -> None:
     """
     suffix = check_target(path)
     if suffix == ".parquet":
-        write_parquet(table, path)
+        with named(path):
+            write_parquet(table, path)
         return
     for name, dtype in table.schema.items():
         if dtype == pl.Binary:
@@ -84,7 +85,11 @@ def write_records(path: Path, table: pl.DataFrame) -> None:
 
 def write_lines(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
     """Write JSON texts as the lines of a file, or as one array where it ends in .json."""
-    with atomic_file(path) as staging, staging.open("w", encoding="utf-8", newline="\n") as file:
+    with (
+        named(path),
+        atomic_file(path) as staging,
+        staging.open("w", encoding="utf-8", newline="\n") as file,
+    ):
         if check_target(path) == ".json":
             file.write("[\n" + ",\n".join(lines) + "\n]\n")
         else:

@@ -16,7 +16,7 @@ import polars as pl
 
 from rlhf.duplicates import near_duplicates, normalised
 from rlhf.errors import InputError
-from rlhf.files import read_parquet, write_parquet
+from rlhf.files import named, read_parquet, write_parquet
 from rlhf.meta_commentary import commentary, refusal
 from rlhf.pair_files import check_target, write_lines
 from rlhf.pair_formats import Preferences
@@ -109,7 +109,8 @@ def write_kept(preferences: Preferences, stay: pl.Series, path: Path) -> None:
             "that"
         )
     if records.lines is None:
-        write_parquet(read_parquet(records.path)[stay.to_list()], path)
+        with named(path):
+            write_parquet(read_parquet(records.path)[stay.to_list()], path)
     else:
         write_lines(path, records.lines.gather(stay).to_list())
 

@@ -18,6 +18,7 @@ from rlhf.config_base import Section
 from rlhf.config_judges import LlmSpec, VerifierSpec
 from rlhf.config_objective import OBJECTIVES
 from rlhf.config_offline import Data, OfflineConfig
+from rlhf.config_rollout import Prompts
 from rlhf.config_selection import STANDARD_FLOORS
 from rlhf.config_yaml import Reader
 from rlhf.errors import InputError
@@ -507,3 +508,11 @@ def test_every_key_has_a_reader(root: type[Section], without: tuple[str, ...]) -
     read |= {"sft_weight"} if "sft" in read else set()
     unread = [name for name in config_help.leaves(root) if name.rsplit(".", 1)[-1] not in read]
     assert unread == []
+
+
+@pytest.mark.parametrize("template", ["{prompt[text]}", "{prompt.text}", "{question}", "{0}", "{"])
+def test_a_template_of_other_fields_is_refused(template: str) -> None:
+    with pytest.raises(ValueError, match="template may use {prompt} and {context} only"):
+        Prompts.model_validate(
+            {split: {"path": "p"} for split in ("train", "gate", "final")} | {"template": template}
+        )

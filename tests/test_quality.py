@@ -312,6 +312,14 @@ def test_the_command_says_exits_and_writes(
     assert "1 of 4 (25.0%) written" in capsys.readouterr().out
     assert len(Path(fallen).read_text().splitlines()) == 3
     assert cli.main(["pairs", "filter", path, path]) == 2
+    other = str(tmp_path / "other.jsonl")
+    for wrong in (other, str(tmp_path / "fell.csv")):
+        assert cli.main(["pairs", "filter", path, other, "--fallen", wrong]) == 2
+        assert not Path(other).exists(), "nothing is written where something is refused"
+    (tmp_path / "folder.jsonl").mkdir()
+    for taken in ("folder.jsonl", "kept.jsonl/below.jsonl"):
+        assert cli.main(["pairs", "filter", path, str(tmp_path / taken)]) == 2
+        assert "must be a file or folder that can be written" in capsys.readouterr().err
     chat = str(tmp_path / "chat.parquet")
     assert cli.main(["pairs", "convert", out, chat, "--to", "explicit-chat"]) == 0
     assert "nothing is lost" in capsys.readouterr().out

@@ -422,6 +422,22 @@ def test_a_sample_keeps_what_matters_most(large: RunView) -> None:
     assert len(shown) > 2 * EXTREMES, "a random rest stands beside the extremes"
 
 
+def test_a_prompt_is_one_entry_however_many_pairs_are_made_of_it(tmp_path: Path) -> None:
+    config = make_config(
+        tmp_path,
+        rounds={"count": 1},
+        selection={"floors": {"correctness": 0.3}, "strategy": "all_pairs"},
+    )
+    run = RunView(Runs(config, [0.4, 0.5]).finish())
+    pairs = pl.read_parquet(run.folder / "rounds/0001/pairs.parquet")
+    assert pairs.height > pairs["prompt_id"].n_unique()
+    found = browser(run, budget=10_000_000)
+    assert found is not None
+    assert found.shown == found.total == 2 * 24
+    entries = json.loads(found.json)["entries"]
+    assert len({(e["split"], e["id"]) for e in entries}) == len(entries) == found.shown
+
+
 def test_escaped_text_counts_with_what_it_takes(improved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(improved, folder)

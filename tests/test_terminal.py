@@ -52,6 +52,13 @@ def test_a_line_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines(capsys) == [text]
 
 
+def test_a_cell_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"point": "[q_proj,v_proj]", "said": "no [/such/file]; pip install 'pairloop[qlora]'"}]
+    Terminal(plain=True).table("points", rows)
+    shown = capsys.readouterr().out
+    assert all(cell in shown for cell in rows[0].values())
+
+
 def test_the_time_left_follows_from_the_speed(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:

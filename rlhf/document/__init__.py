@@ -69,10 +69,11 @@ def write_document(path: Path, text: str, flag: str) -> Path:
     """Write a page, whole or not at all; where it is. Raises InputError naming `flag`."""
     try:
         atomic_write(path, text.encode())
-    except OSError as error:
+    # ValueError: `.` and `/` are no file's names.
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{flag} must be a file that can be written: {path}: {error.strerror}; "
-            f"give another {flag}"
+            f"{flag} must be a file that can be written: {path}: {why}; give another {flag}"
         ) from error
     return path
 

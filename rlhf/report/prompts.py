@@ -161,7 +161,11 @@ def _index(source: _Source) -> pl.DataFrame:
     if pairs is None:
         found = found.with_columns(margin=pl.lit(None, pl.Float64))
     else:
-        about = pairs.select("prompt_id", "margin", pl.col("category").alias("known")).collect()
+        # A prompt is one entry, however many pairs a strategy makes of it.
+        of_prompt = pairs.group_by("prompt_id").agg(
+            pl.col("margin").max(), pl.col("category").first().alias("known")
+        )
+        about = of_prompt.collect()
         found = found.join(about, on="prompt_id", how="left").with_columns(
             category=pl.coalesce("category", "known")
         )
