@@ -204,9 +204,11 @@ def _widths(
 
 
 def divides(width: int, architecture: Architecture) -> bool:
-    """Whether vLLM can split the model so: query heads evenly, key heads evenly or repeated."""
-    keys = architecture.kv_heads
-    return architecture.heads % width == 0 and (keys % width == 0 or width % keys == 0)
+    """Whether vLLM can split the model so: query heads evenly, key heads evenly or repeated, and
+    evenly what is between its layers and the vocabulary, which it pads to 64."""
+    keys, padded = architecture.kv_heads, -(-architecture.vocabulary // 64) * 64
+    evenly = (architecture.heads, architecture.intermediate, padded)
+    return all(n % width == 0 for n in evenly) and (keys % width == 0 or width % keys == 0)
 
 
 class _Seats:

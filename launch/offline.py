@@ -95,14 +95,14 @@ def rehearse(config: OfflineConfig) -> str:
 
 def tokens_of(policy: Policy) -> Tokens:
     """How a policy's tokenizer turns text into ids."""
-    from rlhf.model_files import prompt_encoder
+    from rlhf.model_files import answer_end, prompt_encoder
     from rlhf.offline import Tokens
 
     tokenizer = policy.tokenizer
     return Tokens(
         prompt_encoder(tokenizer),
         lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
-        policy.stop_ids[0],
+        answer_end(tokenizer, policy.stop_ids),
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
     )
 

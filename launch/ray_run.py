@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -164,6 +164,19 @@ def _started(ray: Any, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def _check_processors(layout: Layout, there: Sequence[float]) -> None:
+    """Raises InputError where a group, which lies in one node, wants more CPUs than any has: Ray
+    would wait for such a node for good."""
+    for group in layout.groups:
+        wanted = sum(bundle.get("CPU", 0.0) for bundle in group.bundles)
+        if wanted > max(there, default=0.0):
+            raise InputError(
+                f"{wanted:g} CPUs are needed in one node, one for each actor there, and the nodes "
+                f"of the Ray cluster have {', '.join(f'{n:g}' for n in there)}: start them with "
+                "more (--num-cpus), or ask for fewer generators or judges with models of their own"
+            )
+
+
 def alive() -> list[dict[str, Any]]:
     """The cluster's living nodes in the order in which a plan counts them, this process's own
     first."""
@@ -200,7 +213,9 @@ def _seated(layout: Layout) -> Iterator[Seats]:
 
     # Left to itself Ray takes whatever node has most room, and may leave none for the next group.
     # Once a node has died another one may do.
-    nodes = dict(enumerate(node["NodeID"] for node in alive()))
+    living = alive()
+    nodes = dict(enumerate(node["NodeID"] for node in living))
+    _check_processors(layout, [node["Resources"].get("CPU", 0.0) for node in living])
     made = [
         (
             group,

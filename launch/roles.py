@@ -100,11 +100,12 @@ class Roles:
 
         config, rollout = self.config, self.config.rollout
         dtype = DTYPES[config.model.precision]
-        stop_ids = stop_token_ids(self.path, self.tokenizer)
+        revision = config.model.revision
+        stop_ids = stop_token_ids(self.path, self.tokenizer, revision)
         if self.plan.engine == "transformers":
             from rollout.transformers_generator import TransformersGenerator
 
-            return TransformersGenerator(
+            made = TransformersGenerator(
                 self.path,
                 self.tokenizer,
                 stop_ids,
@@ -112,6 +113,8 @@ class Roles:
                 self.plan.device,
                 rollout.max_concurrency,
             )
+            made.revision = revision
+            return made
         from rlhf.adapters import highest_rank
         from rollout.vllm_engine import EngineOptions
         from rollout.vllm_generator import Served, VllmGenerator
@@ -125,6 +128,8 @@ class Roles:
                 stop_ids=stop_ids,
                 lora_rank=rank,
                 quantised=config.model.tuning == "qlora",
+                revision=None if Path(self.path).exists() else revision,
+                trusted=config.model.trust_remote_code,
             ),
             EngineOptions(
                 dtype=dtype,

@@ -123,6 +123,7 @@ def train(config: RunConfig) -> int:
     interrupts = Interrupts(lambda _: None)
     alone = nullcontext() if os.environ.get("RANK") == "0" else interrupts
     with alone, met(plan.device) as others:
+        _check_alike(others.group, config, plan)
         if others.group.main:
             lead = Lead(others)
             try:
@@ -130,6 +131,18 @@ def train(config: RunConfig) -> int:
             finally:
                 lead.end()
         return _follow(config, plan, others, interrupts)
+
+
+def _check_alike(group: Group, config: RunConfig, plan: Plan) -> None:
+    """Raises InputError, on all ranks, where their machines make `auto` mean different things."""
+    found = group.gather((config.model.precision, plan.engine, plan.device, plan.sync))
+    if len(set(found)) > 1:
+        told = "; ".join(f"rank {rank}: {', '.join(own)}" for rank, own in enumerate(found))
+        raise InputError(
+            "ranks must work alike, but their machines give another model.precision, "
+            f"rollout.engine or device to each ({told}); say what all of them shall have instead "
+            "of auto"
+        )
 
 
 def _follow(config: RunConfig, plan: Plan, met: Met, interrupts: Interrupts) -> int:

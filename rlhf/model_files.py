@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fcntl
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf.config_learner import Model
 from rlhf.errors import InputError
@@ -96,16 +100,36 @@ def prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Mes
     return encode
 
 
-def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends an answer: the generation config's and the tokenizer's."""
+def stop_token_ids(
+    model_path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None
+) -> tuple[int, ...]:
+    """Every token that ends an answer: the generation config's, of a folder or a hub id at a
+    `revision`, and the tokenizer's."""
     ids: list[int] = []
-    file = Path(model_path) / "generation_config.json"
-    if file.exists():
-        stop = json.loads(file.read_text()).get("eos_token_id")
-        ids += stop if isinstance(stop, list) else [] if stop is None else [stop]
+    try:
+        stop = GenerationConfig.from_pretrained(
+            model_path, revision=revision or "main"
+        ).eos_token_id
+    except OSError:
+        # Many models have no such file.
+        stop = None
+    ids += stop if isinstance(stop, list) else [] if stop is None else [stop]
     if tokenizer.eos_token_id is not None:
         ids.append(int(tokenizer.eos_token_id))
     return tuple(dict.fromkeys(ids))
+
+
+def answer_end(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> int:
+    """The token that ends an answer in the chat template: of several that stop a generation, a
+    model says that one after its turn."""
+    user, assistant = ({"role": role, "content": "Hello"} for role in ("user", "assistant"))
+    asked = prompt_encoder(tokenizer)([Message(role="user", content=user["content"])])
+    encoded: Any = tokenizer.apply_chat_template([user, assistant], tokenize=True, return_dict=True)
+    ids = list(encoded["input_ids"])
+    # A template may open an answer in another way than it shows one.
+    turn = ids[len(asked) :] if ids[: len(asked)] == asked else ids[::-1]
+    found = next((token for token in turn if token in stop_ids), tokenizer.eos_token_id)
+    return int(stop_ids[0] if found is None else found)
 
 
 def _check_local(path: str) -> None:

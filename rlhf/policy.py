@@ -63,7 +63,7 @@ class Policy:
         self.device = device
         self.dtype = DTYPES[config.precision]
         self.tokenizer = load_tokenizer(config, path)
-        self.stop_ids = stop_token_ids(path, self.tokenizer)
+        self.stop_ids = stop_token_ids(path, self.tokenizer, config.revision)
         if config.adapter is not None:
             check_adapter(Path(config.adapter))
         self._base: Path | None = None
@@ -334,7 +334,9 @@ class Policy:
         config.save_pretrained(folder)
         plain = self.plain_model()
         if plain.generation_config is not None:
-            plain.generation_config.save_pretrained(folder)
+            # As the model came with it: saving would refuse what loading takes.
+            text = plain.generation_config.to_json_string()
+            (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
     def _tied(self) -> dict[str, str]:
         return _tied_weights(self.plain_model())

@@ -186,6 +186,11 @@ class Zero:
                 "steps_per_print": None,
             },
         )
+        if policy.dtype is not torch.float32:
+            # On a GPU the engine would switch the learner's autocast off inside its forward. Told
+            # only now, since the section of its config that says so also retypes what ranks send.
+            self._engine.torch_autocast_enabled = lambda: True
+            self._engine.torch_autocast_dtype = lambda: policy.dtype
         self.model: nn.Module = self._engine
         # DeepSpeed's weights are views of one buffer.
         policy.shares = True

@@ -42,6 +42,8 @@ class TransformersGenerator:
         max_concurrency: int,
     ) -> None:
         self.base = base
+        self.revision: str | None = None
+        """Of a base from the hub: a commit, tag or branch."""
         self.tokenizer = tokenizer
         self.stop_ids = tuple(stop_ids)
         self.dtype = dtype
@@ -99,15 +101,15 @@ class TransformersGenerator:
         """Drop the model."""
         self._model = None
 
-    def _read(self, path: str) -> Any:
+    def _read(self, path: str, revision: str | None = None) -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=self.dtype, use_safetensors=True
+            path, dtype=self.dtype, use_safetensors=True, revision=revision
         )
         return model.to(self.device).eval()
 
     def _load_adapter(self, path: Path) -> None:
         if self._model is None:
-            base = self._read(self.base)
+            base = self._read(self.base, self.revision)
             self._model = PeftModel.from_pretrained(
                 base, str(path), adapter_name="even", use_safetensors=True
             ).eval()

@@ -35,6 +35,10 @@ class Served:
     """Highest rank of an adapter that may be loaded."""
     quantised: bool = False
     """The base is NF4 (adapter sync only; merged folders are already dequantised)."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id."""
+    trusted: bool = False
+    """Whether code that comes with the model may run."""
 
 
 def served_rank(rank: int) -> int:
@@ -200,7 +204,11 @@ class VllmGenerator:
         return self._engine.llm.collective_rpc("compute_weight_checksums")
 
     def _start(self, model: str, lora: bool) -> None:
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"trust_remote_code": self._served.trusted}
+        if self._served.revision is not None:
+            extra["tokenizer_revision"] = self._served.revision
+            if model == self._served.base:
+                extra["revision"] = self._served.revision
         if lora:
             extra |= {"enable_lora": True, "max_lora_rank": served_rank(self._served.lora_rank)}
             if self._served.quantised:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from placements import LLAMA_70B, LORA, QWEN_7B, preset
 from launch.architectures import Architecture, find
 from launch.cluster import Cluster, Slot, alone, parse
 from launch.judge_memory import own_specs
-from launch.layout import Layout, options
+from launch.layout import Layout, divides, options
 from launch.machines import GIB, Machine
+from launch.ray_run import _check_processors
 from rlhf.config import RunConfig
 from rlhf.errors import InputError
 
@@ -254,6 +256,20 @@ def test_splitting_follows_the_rule_of_vllm() -> None:
     wanted = config(kind="ray", colocate=True)
     (family,) = options(wanted, parse("8xA100-80GB"), heads)
     assert [layout.tensor_parallel for layout in family] == [1, 2, 4, 8]
-    heads = Architecture(1, 64, 12, 3, 8, 64, 64, True)
+    heads = Architecture(1, 64, 12, 3, 8, 192, 192, True)
     (family,) = options(wanted, parse("8xA100-80GB"), heads)
     assert [layout.tensor_parallel for layout in family] == [1, 3, 6]
+
+
+def test_a_width_splits_everything_that_vllm_splits() -> None:
+    """Qwen2.5-1.5B: 12 heads, but 8,960 between the layers, which 6 does not divide."""
+    architecture = Architecture(28, 1536, 12, 2, 128, 8960, 151936, True)
+    assert [n for n in range(1, 9) if divides(n, architecture)] == [1, 2, 4]
+
+
+def test_a_group_that_no_node_has_processors_for_is_refused_at_once() -> None:
+    group = SimpleNamespace(bundles=[{"CPU": 2.0, "GPU": 1.0}, {"CPU": 1.0}])
+    layout: Any = SimpleNamespace(groups=[group])
+    _check_processors(layout, [2.0, 3.0])
+    with pytest.raises(InputError, match="3 CPUs are needed in one node.*have 2, 0: start"):
+        _check_processors(layout, [2.0, 0.0])

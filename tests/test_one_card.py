@@ -72,6 +72,18 @@ def test_an_engine_sleeps_with_its_weights_in_host_memory(
     assert engine.asked == ["sleep 1", "wake", "compute_weight_checksums"]
 
 
+@pytest.mark.parametrize("version", ["org/model", "/stored/version"])
+def test_an_engine_reads_the_base_and_its_tokenizer_at_their_revision(version: str) -> None:
+    served = Served("org/model", (0,), 8, revision="abc", trusted=True)
+    built = VllmGenerator(served, engine_options("cuda"))
+    given: dict[str, Any] = {}
+    built._engine.start = lambda model, **arguments: given.update(arguments)  # type: ignore[method-assign]
+    built._start(version, lora=version == served.base)
+    assert (given["tokenizer"], given["tokenizer_revision"]) == ("org/model", "abc")
+    assert given.get("revision") == ("abc" if version == served.base else None)
+    assert given["trust_remote_code"]
+
+
 @pytest.mark.parametrize(("device", "asked"), [("cuda", ["sleep 1", "wake"]), ("cpu", [])])
 def test_an_engine_sleeps_once_and_wakes_only_from_sleep(
     engine: CardEngine, device: str, asked: list[str]

@@ -22,7 +22,7 @@ from rlhf.adapters import highest_rank
 from rlhf.config_learner import Lora, Model
 from rlhf.errors import InputError
 from rlhf.logprobs import collate, token_logps
-from rlhf.model_files import load_tokenizer, materialise, prompt_encoder, stop_token_ids
+from rlhf.model_files import answer_end, load_tokenizer, materialise, prompt_encoder, stop_token_ids
 from rlhf.policy import DTYPES, Policy
 
 Tuning = Literal["full", "lora", "qlora"]
@@ -538,3 +538,31 @@ def test_stop_tokens_are_those_of_generation_config_and_tokenizer(
     for written, expected in (([7, end, 9], (7, end, 9)), (7, (7, end)), (None, (end,))):
         file.write_text(json.dumps({"eos_token_id": written}))
         assert stop_token_ids(str(tmp_path), tokenizer) == expected
+
+
+def test_an_answer_ends_with_the_token_that_the_template_ends_it_with(tiny_model: Path) -> None:
+    """A model may stop at several; the first of its list is often one that no turn ends with."""
+    tokenizer = load_tokenizer(settings(tiny_model), str(tiny_model))
+    end = int(str(tokenizer.convert_tokens_to_ids("<|im_end|>")))
+    other = end + 500
+    for stop_ids in ((end,), (other, end), (end, other)):
+        assert answer_end(tokenizer, stop_ids) == end
+    # One whose generation prompt is not what it shows of an answer.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "add_generation_prompt %}", "add_generation_prompt %}<think>"
+    )
+    assert answer_end(tokenizer, (other, end)) == end
+
+
+def test_settings_of_generation_that_saving_would_refuse_go_along(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    file = model / "generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "do_sample": False}))
+    policy = Policy(settings(model, tuning="full"), str(model), "cpu", 0)
+    target = tmp_path / "saved"
+    target.mkdir()
+    policy.save(target, "card")
+    assert json.loads((target / file.name).read_text())["temperature"] == 0.6

@@ -36,10 +36,10 @@ from golden_run import (
 )
 from test_reward_model_judge import save_reward_model
 
-from launch.placement import launched
+from launch.placement import Plan, launched
 from launch.ranks import Lead, Met, _alone, join, met, sendable
 from launch.shared_judges import SharedBackend, SharedRewardEngine
-from launch.spmd import Leading, train, with_launchers_zero
+from launch.spmd import Leading, _check_alike, train, with_launchers_zero
 from rlhf.config import RunConfig
 from rlhf.config_io import load
 from rlhf.config_judges import LlmSpec, RewardModelSpec
@@ -285,6 +285,44 @@ def test_a_rank_that_has_done_all_does_not_fail_by_its_end(
     assert expected or done.stdout.endswith("all done\n")
 
 
+# A GPU's answer to whether autocast is on, where DeepSpeed asks; its own on a CPU is about GPUs.
+AUTOCAST = """
+import sys
+import torch
+import torch.distributed as dist
+from rlhf.config_learner import Learner, Model
+from rlhf.group import Group
+from rlhf.policy import Policy
+from rlhf.sharding import Zero
+
+asked = torch.is_autocast_enabled
+torch.is_autocast_enabled = lambda *device: asked(*device) if device else True
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = Model.model_validate({"path": sys.argv[1], "precision": "bf16"})
+policy = Policy(model, sys.argv[1], "cpu", 0)
+found = []
+policy.model.register_forward_pre_hook(lambda *_: found.append(asked("cpu")))
+zero = Zero(policy, Learner(), Group(0, 1, None), 1, False)
+with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    zero.model(input_ids=torch.arange(8).reshape(1, 8))
+print(found, flush=True)
+"""
+
+
+@pytest.mark.engine
+def test_deepspeed_leaves_the_learners_autocast_on(tiny_model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AUTOCAST, str(tiny_model)],
+        env={**environment(), "LOCAL_RANK": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[True]"
+
+
 def settings(tmp_path: Path, **placement: Any) -> RunConfig:
     return load([write_config(tmp_path, "model", "run", placement=placement)])
 
@@ -333,6 +371,16 @@ def test_who_fails_stays_until_it_has_said_why(monkeypatch: pytest.MonkeyPatch) 
     with met("cpu"):
         pass
     assert left == ["left", "left"]
+
+
+def test_ranks_whose_machines_read_auto_otherwise_are_refused(tmp_path: Path) -> None:
+    """One would scale its loss, the other not, and both would add their gradients."""
+    config, plan = settings(tmp_path), Plan("cuda", "vllm", "merged")
+    own = (config.model.precision, "vllm", "cuda", "merged")
+    for other, refused in ((own, False), (("fp16", *own[1:]), True)):
+        group: Any = SimpleNamespace(gather=lambda value, other=other: [value, other])
+        with pytest.raises(InputError, match="rank 1: fp16") if refused else nullcontext():
+            _check_alike(group, config, plan)
 
 
 def test_spmd_without_a_launcher_says_how_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
