@@ -37,11 +37,11 @@ def publish_parts(held: Learning, plan: Plan, sharding: Sharding = ALONE) -> Ite
     if held.full and (held.on_gpu or sharding.engine):
         yield Part("publish", WRITTEN[3], *written(held, 4), ("train",), True)
     if plan.sync == "merged":
-        # ZeRO-3 gathers and merges a layer at a time.
-        linear = a.linear // a.layers if sharding.stage == 3 else a.linear
-        said = f"4 B x {millions(linear)}, base + adapter"
-        merged = 0 if held.full else 4 * linear
-        yield Part("publish", "merged layers", merged, said, ("publish",), host)
+        # One after the other, each on its way to the file.
+        largest = max(rows * columns for rows, columns in a.shapes.values())
+        said = f"8 B x {millions(largest)}, the largest matrix and what its adapter adds"
+        merged = 0 if held.full else 8 * largest
+        yield Part("publish", "merged matrix", merged, said, ("publish",), host)
         yield Part("publish", WRITTEN[1], *written(held, c), ("publish",), True)
         if plan.network:
             # Two under way, each of tensors and what they are joined to.

@@ -165,6 +165,14 @@ def test_a_dry_run_shows_each_part_under_its_phases_and_the_sums() -> None:
     assert rows["learner    gradients"][0] == "0.15"
 
 
+def test_merging_takes_a_matrix_at_a_time_beside_what_is_there() -> None:
+    """Llama-3.1-8B's largest, gate, up or down: 4,096 x 14,336, twice in fp32."""
+    config = preset("llama-3.1-8b-instruct-lora-a100", rollout={"sync": "merged"})
+    text, wanting = report(config, parse("1xA100-80GB"))
+    assert wanting is None
+    assert f"8 B x {4096 * 14336 / 1e6:.1f}M" in text
+
+
 def test_an_engine_that_can_not_hold_one_sequence_is_said_not_to_fit() -> None:
     config = preset("qwen2.5-7b-instruct-qlora-t4", rollout={"gpu_memory_share": 0.44})
     text = report(config, parse("1xT4-16GB"))[0]
