@@ -19,7 +19,7 @@ from launch.judge_memory import JudgeModel
 from launch.layout import Holder, Layout
 from launch.learner_parts import WRITTEN, learner_parts, publish_parts
 from launch.machines import Machine
-from launch.memory import Estimate, learning, process_parts
+from launch.memory import Estimate, going_on, learning, process_parts
 from launch.memory_parts import Part
 from launch.placement import Plan
 from rlhf.config import RunConfig
@@ -53,7 +53,7 @@ class Sizer:
         architecture: Architecture,
         judges: Sequence[JudgeModel] = (),
     ) -> None:
-        self._config = config
+        self._config = config = going_on(config)
         self._plan = plan
         self._on_gpu = plan.device == "cuda"
         self._held = learning(config, architecture, self._on_gpu)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from launch import judge_memory
 from launch.architectures import Architecture
@@ -22,9 +24,10 @@ from launch.learner_memory import Learning
 from launch.learner_parts import learner_parts, publish_parts
 from launch.machines import Machine
 from launch.memory_parts import ASSUMED, PHASES, TRAINING, Part, Phase
-from launch.placement import Plan
+from launch.placement import C, Plan
 from rlhf.config import RunConfig
 from rlhf.config_offline import OfflineConfig, Trains
+from rlhf.files import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,23 @@ class Estimate:
         gpu = not self.on_gpu or self.peak(host=False)[1] <= used * self.machine.gpu
         served = all(lack <= 0 for lack in self.short.values())
         return gpu and self.peak(host=True)[1] <= used * self.machine.host and served
+
+
+def going_on(config: C) -> C:
+    """With the rank and the layers of the adapter that it goes on from, where it is here: the run
+    takes them from there, whatever `model.lora` says."""
+    model = config.model
+    file = Path(model.adapter or "", "adapter_config.json")
+    if model.adapter is None or model.lora.rounds == "new" or not file.is_file():
+        return config
+    found: dict[str, Any] = read_json(file, "it belongs to the adapter")
+    ranks = [found.get("r"), *(found.get("rank_pattern") or {}).values()]
+    targets = found.get("target_modules")
+    own: dict[str, Any] = {"rank": max((int(r) for r in ranks if r), default=model.lora.rank)}
+    # A pattern may name any layer: all of them is no less.
+    own["target_modules"] = sorted(targets) if isinstance(targets, list) else "all-linear"
+    lora = model.lora.model_copy(update=own)
+    return config.model_copy(update={"model": model.model_copy(update={"lora": lora})})
 
 
 def learning(config: Trains, architecture: Architecture, on_gpu: bool) -> Learning:
@@ -87,8 +107,9 @@ def estimate(
 ) -> Estimate:
     """Every part of a run on a machine, with the judges' own models (`judge_memory.own_models`).
 
-    Pure: nothing is loaded or asked.
+    Nothing is loaded or asked; of an adapter that it goes on from the config is read.
     """
+    config = going_on(config)
     on_gpu = plan.device == "cuda"
     held = learning(config, architecture, on_gpu)
     engine, short = engine_parts(config, plan, machine, held, Seat(config.rollout.gpu_memory_share))
@@ -105,9 +126,9 @@ def estimate(
 def estimate_offline(
     config: OfflineConfig, device: str, machine: Machine, architecture: Architecture
 ) -> Estimate:
-    """Every part of a training on a file. Pure: nothing is loaded or asked."""
+    """Every part of a training on a file. Nothing is loaded or asked."""
     on_gpu = device == "cuda"
-    held = learning(config, architecture, on_gpu)
+    held = learning(going_on(config), architecture, on_gpu)
     parts = [*process_parts(on_gpu, vllm=False), *learner_parts(held)]
     reference = config.objective.needs.reference
     needed = [p for p in parts if p.size and (reference or p.what != "initial policy")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -171,6 +172,18 @@ def test_merging_takes_a_matrix_at_a_time_beside_what_is_there() -> None:
     text, wanting = report(config, parse("1xA100-80GB"))
     assert wanting is None
     assert f"8 B x {4096 * 14336 / 1e6:.1f}M" in text
+
+
+def test_an_adapter_that_is_gone_on_from_counts_with_its_own_rank(tmp_path: Path) -> None:
+    """The run takes rank and layers from there, whatever the config says."""
+    file, name = tmp_path / "adapter_config.json", "llama-3.1-8b-instruct-lora-a100"
+    found = {"r": 8, "rank_pattern": {"gate_proj": 128}, "target_modules": ["q_proj", "gate_proj"]}
+    file.write_text(json.dumps(found))
+    # Twice: the start of the run is kept beside it.
+    held = 2 * 32 * 128 * (2 * 4096 + 4096 + 14336) / 1e6
+    goes_on = preset(name, model={"adapter": str(tmp_path)})
+    assert f"{held:.1f}M, rank 128" in report(goes_on, parse("1xA100-80GB"))[0]
+    assert "rank 128" not in report(preset(name), parse("1xA100-80GB"))[0]
 
 
 def test_an_engine_that_can_not_hold_one_sequence_is_said_not_to_fit() -> None:
