@@ -83,8 +83,10 @@ def refusal(planned: Planned) -> InputError | None:
 
 
 def _typical(cluster: Cluster) -> Machine:
-    """A node that models run on."""
-    return next((machine for machine in cluster.nodes if machine.gpus), cluster.nodes[0])
+    """The node that models run on; of unlike ones the one whose GPUs can least, since all of them
+    get the same precision."""
+    with_gpus = [machine for machine in cluster.nodes if machine.gpus]
+    return min(with_gpus, key=lambda m: m.capability or (0, 0), default=cluster.nodes[0])
 
 
 def _choose(config: RunConfig, cluster: Cluster, plan: Plan, sizes: _Sizes) -> ClusterEstimate:

@@ -19,7 +19,8 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan needs to know of a machine. Sizes are bytes; its GPUs are alike."""
+    """What a plan needs to know of a machine. Sizes are bytes; its GPUs count as alike, each with
+    what the least of them has."""
 
     name: str
     gpus: int
@@ -112,12 +113,12 @@ def this_machine() -> Machine:
             "`pairloop doctor` says more. To run without the GPU, set CUDA_VISIBLE_DEVICES to ''"
         )
     host = min(memory.total, memory.limit or memory.total)
-    first = driver.gpus[0] if driver.gpus else None
+    # Of unlike ones what each of them has.
     return Machine(
         "this machine",
         len(driver.gpus),
-        first.total if first else 0,
-        first.capability if first else None,
+        min((gpu.total for gpu in driver.gpus), default=0),
+        min((gpu.capability for gpu in driver.gpus), default=None),
         host,
         min(memory.available, host),
         cpu_bf16=bool(ask_cpu().flags & BF16_FLAGS),

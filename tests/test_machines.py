@@ -71,6 +71,14 @@ def test_this_machine_is_what_the_control_group_leaves(monkeypatch: pytest.Monke
     assert (machine.host, machine.free) == (64 * GIB, 50 * GIB)
 
 
+def test_unlike_gpus_count_as_the_least_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = Gpu("A6000", (8, 6), 48 * GIB, 0), Gpu("T4", (7, 5), 15 * GIB, 0)
+    for order in ((large, small), (small, large)):
+        _told(monkeypatch, Driver(True, gpus=order), Memory(64 * GIB, 50 * GIB, None, 0))
+        machine = this_machine()
+        assert (machine.gpus, machine.gpu, machine.capability) == (2, 15 * GIB, (7, 5))
+
+
 def test_a_driver_that_does_not_answer_is_no_machine_without_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
