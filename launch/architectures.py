@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import InputError
-from rlhf.files import atomic_write
+from rlhf.files import atomic_write, read_json
 from rlhf.model_cache import made_of
 from rollout.imports import resolve_path
 
@@ -204,10 +204,14 @@ def find(path: str, revision: str | None = None) -> Architecture:
         file = local / "config.json"
         if not file.is_file():
             raise InputError(f"model.path: the folder {path} has no config.json")
-        return Architecture.read(json.loads(file.read_text(encoding="utf-8")), path)
+        return Architecture.read(read_json(file, "put the model's own there"), path)
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    cached = try_to_load_from_cache(path, "config.json", revision=revision)
+    try:
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+    except HFValidationError:
+        raise InputError(f"model.path: there is no folder {path}, and it is no hub id") from None
     if isinstance(cached, str):
         return Architecture.read(json.loads(Path(cached).read_text(encoding="utf-8")), path)
     if path in KNOWN:

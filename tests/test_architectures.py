@@ -132,3 +132,11 @@ def test_a_model_of_unknown_size_is_said_to_be(
 def test_an_adapter_on_a_layer_that_is_not_there_is_refused() -> None:
     with pytest.raises(InputError, match=r"\['c_attn'\] are no layers"):
         Architecture.read(KNOWN["google/gemma-2b-it"], "").adapter(8, ["c_attn"])
+
+
+def test_what_is_neither_folder_nor_hub_id_is_said_to_be_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no folder /no/such/model"):
+        find("/no/such/model")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="config.json"):
+        find(str(tmp_path))
