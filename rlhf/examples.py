@@ -36,12 +36,15 @@ PAIR_REFERENCE = pl.Schema(
 LABEL_REFERENCE = pl.Schema(
     {
         "prompt_id": pl.String,
+        "prompt_sha256": pl.String,
         "answer_prompt_id": pl.String,
         "answer_sample": pl.Int32,
         "reference": pl.Float64,
     }
 )
-"""log ref(answer | prompt); where `answer_prompt_id` is another prompt's, for KTO's baseline."""
+"""log ref(answer | prompt); where `answer_prompt_id` is another prompt's, for KTO's baseline.
+`prompt_sha256` is over the prompt's tokens: where too long ones were cut, those of one prompt are
+not the same for all of its answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +215,8 @@ class LabelData:
         self.answers = list(table.select("prompt_id", "sample").iter_rows())
         ids = table.select("prompt_token_ids", "completion_token_ids", "good")
         self.examples = [Label(tuple(p), tuple(c), good) for p, c, good in ids.iter_rows()]
-        # Where too long ones were cut, a prompt is not the same tokens for all of its answers.
-        self.prompts = [
-            f"{name} {sha256(np.array(e.prompt, dtype=np.int64).tobytes()).hexdigest()[:16]}"
-            for (name, _), e in zip(self.answers, self.examples, strict=True)
+        self._tokens = [
+            sha256(np.array(e.prompt, dtype=np.int64).tobytes()).hexdigest() for e in self.examples
         ]
 
     def unscored(self, order: Order) -> list[TokenPair]:
@@ -269,7 +270,7 @@ class LabelData:
         return found
 
     def _key(self, prompt: int, answer: int, *value: float) -> tuple[Any, ...]:
-        return (self.prompts[prompt], *self.answers[answer], *value)
+        return (self.answers[prompt][0], self._tokens[prompt], *self.answers[answer], *value)
 
 
 def mismatch(prompts: Sequence[str], key: Sequence[int]) -> list[int]:
