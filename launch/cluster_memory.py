@@ -53,7 +53,7 @@ class Sizer:
         architecture: Architecture,
         judges: Sequence[JudgeModel] = (),
     ) -> None:
-        self._config = config = going_on(config)
+        self._config = config = going_on(config, architecture)
         self._plan = plan
         self._on_gpu = plan.device == "cuda"
         self._held = learning(config, architecture, self._on_gpu)

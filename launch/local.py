@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from launch import fit
 from launch.judging import Judging, Sharing
-from launch.machines import this_machine
+from launch.machines import Machine, this_machine
 from launch.placement import Plan, one_process, place_on, settle
 from launch.quiet import hush, hush_transformers
 from launch.roles import Alone, Roles, Team
 from launch.terminal import Terminal
 from rlhf.config import RunConfig
 from rlhf.config_io import resolved
-from rlhf.errors import DataGateError, Interrupted, PairloopError
+from rlhf.errors import DataGateError, InputError, Interrupted, PairloopError
 from rlhf.interrupts import Interrupts
 from rlhf.rounds import RunStore
 from rlhf.tracking import Trackers
@@ -52,7 +52,7 @@ def run(config: RunConfig, team: Team | None = None, plan: Plan | None = None) -
     machine = this_machine()
     config = settle(config, machine)
     # Ranks and clusters are measured by whoever placed them.
-    wanting = fit.report(config, machine)[1] if team is None else None
+    wanting = _wanting(config, machine) if team is None else None
     plan = plan or place_on(config, machine)
     team = team or Alone()
     judging = Judging(config, team.engines(plan.device))
@@ -100,6 +100,15 @@ def run(config: RunConfig, team: Team | None = None, plan: Plan | None = None) -
             best = store.folder / f"rounds/{outcome.best_round:04d}/policy"
             terminal.say(f"best policy: {best}")
         return outcome
+
+
+def _wanting(config: RunConfig, machine: Machine) -> str | None:
+    """What would help a run that by its estimate does not fit; None where it fits, or where it
+    can't be estimated: what is wrong then is for whoever needs it to say."""
+    try:
+        return fit.report(config, machine)[1]
+    except InputError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ class Estimate:
         return gpu and self.peak(host=True)[1] <= used * self.machine.host and served
 
 
-def going_on(config: C) -> C:
+def going_on(config: C, architecture: Architecture) -> C:
     """With the rank and the layers of the adapter that it goes on from, where it is here: the run
     takes them from there, whatever `model.lora` says."""
     model = config.model
@@ -70,8 +70,10 @@ def going_on(config: C) -> C:
     ranks = [found.get("r"), *(found.get("rank_pattern") or {}).values()]
     targets = found.get("target_modules")
     own: dict[str, Any] = {"rank": max((int(r) for r in ranks if r), default=model.lora.rank)}
-    # A pattern may name any layer: all of them is no less.
-    own["target_modules"] = sorted(targets) if isinstance(targets, list) else "all-linear"
+    # A pattern, or a name with its path, may mean any layer: all of them is no less.
+    known = {*architecture.shapes, "lm_head"}
+    plain = isinstance(targets, list) and known.issuperset(targets)
+    own["target_modules"] = targets if plain else "all-linear"
     lora = model.lora.model_copy(update=own)
     return config.model_copy(update={"model": model.model_copy(update={"lora": lora})})
 
@@ -109,7 +111,7 @@ def estimate(
 
     Nothing is loaded or asked; of an adapter that it goes on from the config is read.
     """
-    config = going_on(config)
+    config = going_on(config, architecture)
     on_gpu = plan.device == "cuda"
     held = learning(config, architecture, on_gpu)
     engine, short = engine_parts(config, plan, machine, held, Seat(config.rollout.gpu_memory_share))
@@ -128,7 +130,7 @@ def estimate_offline(
 ) -> Estimate:
     """Every part of a training on a file. Nothing is loaded or asked."""
     on_gpu = device == "cuda"
-    held = learning(going_on(config), architecture, on_gpu)
+    held = learning(going_on(config, architecture), architecture, on_gpu)
     parts = [*process_parts(on_gpu, vllm=False), *learner_parts(held)]
     reference = config.objective.needs.reference
     needed = [p for p in parts if p.size and (reference or p.what != "initial policy")]

@@ -184,6 +184,24 @@ def test_an_adapter_that_is_gone_on_from_counts_with_its_own_rank(tmp_path: Path
     goes_on = preset(name, model={"adapter": str(tmp_path)})
     assert f"{held:.1f}M, rank 128" in report(goes_on, parse("1xA100-80GB"))[0]
     assert "rank 128" not in report(preset(name), parse("1xA100-80GB"))[0]
+    # What PEFT takes and we don't size by name counts as all layers.
+    file.write_text(json.dumps({**found, "target_modules": ["self_attn.q_proj"]}))
+    all_layers = 32 * 128 * (4 * 4096 + 2 * 1024 + 2 * 4096 + 3 * (4096 + 14336)) / 1e6
+    assert f"{2 * all_layers:.1f}M, rank 128" in report(goes_on, parse("1xA100-80GB"))[0]
+
+
+def test_what_can_not_be_estimated_is_run_all_the_same(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def far_enough(*_: object) -> NoReturn:
+        raise Interrupted("far enough")
+
+    monkeypatch.setattr(local, "Wiring", far_enough)
+    lora = {"rank": 4, "alpha": 8.0, "target_modules": ["self_attn.q_proj"]}
+    values = run_values(tmp_path, tiny_model)
+    values["model"]["lora"] = lora
+    with pytest.raises(Interrupted):
+        local.run(RunConfig.model_validate(values))
 
 
 def test_an_engine_that_can_not_hold_one_sequence_is_said_not_to_fit() -> None:

@@ -14,8 +14,8 @@ _SECONDS_BETWEEN_WRITES = 1.0
 
 
 class Ledger:
-    """Calls, tokens and who answered. A kill costs what came since the last call was sent; where
-    there is a budget, no call that was sent is forgotten.
+    """Calls, tokens and who answered. Where there is a budget no call that was sent is forgotten;
+    else a kill costs what came since the last write, of which there is at most one a second.
 
     >>> ledger = Ledger(Traffic(max_calls=1), "reader")
     >>> ledger.charge(retry=False)
