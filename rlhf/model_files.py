@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-)
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.config_learner import Model
 from rlhf.errors import InputError
-from rlhf.files import atomic_folder
+from rlhf.files import atomic_folder, read_json
 from rlhf.model_cache import made_of
 from rlhf.types import Message
 
@@ -106,13 +103,18 @@ def stop_token_ids(
     """Every token that ends an answer: the generation config's, of a folder or a hub id at a
     `revision`, and the tokenizer's."""
     ids: list[int] = []
-    try:
-        stop = GenerationConfig.from_pretrained(
-            model_path, revision=revision or "main"
-        ).eos_token_id
-    except OSError:
-        # Many models have no such file.
-        stop = None
+    file = Path(model_path) / "generation_config.json"
+    if not Path(model_path).is_dir():
+        try:
+            file = Path(hf_hub_download(model_path, file.name, revision=revision))
+        except EntryNotFoundError:
+            # Many models have no such file.
+            pass
+        except (OSError, ValueError) as error:
+            raise InputError(f"model.path: {file.name} of {model_path}: {error}") from error
+    stop = (
+        read_json(file, "put the model's own there").get("eos_token_id") if file.exists() else None
+    )
     ids += stop if isinstance(stop, list) else [] if stop is None else [stop]
     if tokenizer.eos_token_id is not None:
         ids.append(int(tokenizer.eos_token_id))

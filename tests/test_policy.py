@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
 from small_models import save_small_model
 from torch import Tensor, nn
@@ -538,6 +539,30 @@ def test_stop_tokens_are_those_of_generation_config_and_tokenizer(
     for written, expected in (([7, end, 9], (7, end, 9)), (7, (7, end)), (None, (end,))):
         file.write_text(json.dumps({"eos_token_id": written}))
         assert stop_token_ids(str(tmp_path), tokenizer) == expected
+
+
+def test_stop_tokens_of_a_hub_id_are_read_at_its_revision_or_it_is_said_why_not(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(settings(tiny_model), str(tiny_model))
+    end = tokenizer.eos_token_id
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [7, 9]}))
+    asked: list[Any] = []
+    outcome: list[Exception | None] = [None, EntryNotFoundError("none"), OSError("no network")]
+
+    def download(*given: Any, **more: Any) -> str:
+        asked.append((*given, more["revision"]))
+        if (error := outcome.pop(0)) is not None:
+            raise error
+        return str(file)
+
+    monkeypatch.setattr("rlhf.model_files.hf_hub_download", download)
+    assert stop_token_ids("org/model", tokenizer, "abc") == (7, 9, end)
+    assert asked == [("org/model", "generation_config.json", "abc")]
+    assert stop_token_ids("org/model", tokenizer) == (end,)
+    with pytest.raises(InputError, match="generation_config.json of org/model: no network"):
+        stop_token_ids("org/model", tokenizer)
 
 
 def test_an_answer_ends_with_the_token_that_the_template_ends_it_with(tiny_model: Path) -> None:
